@@ -1,0 +1,53 @@
+"""The quantisation grid of QuEST: symmetric, mid-rise, clipped at the Gaussian optimum.
+
+Source: Panferov et al., "QuEST: Stable Training of LLMs with 1-Bit Weights and Activations",
+arXiv 2502.05003, section 3. A group of values v with root mean square r is clipped to +-s,
+s = alpha_b * r, and rounded to the 2**b levels +-(2k+1) * step / 2 with step = 2 s / (2**b - 1):
+there is no zero level and no zero point. alpha_b minimises the mean squared error for N(0, 1).
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+ALPHA = {
+    1: math.sqrt(2 / math.pi),
+    2: 1.4935346200,
+    3: 2.0510683541,
+    4: 2.5139305786,
+    5: 2.9160938835,
+    6: 3.2765972826,
+    7: 3.6010497188,
+    8: 3.8849386788,
+}
+RELATIVE_MSE = {
+    1: 0.363380, 2: 0.118846, 3: 0.0374397, 4: 0.0115429, 5: 0.00349521, 6: 0.00104005,
+    7: 3.0437e-4, 8: 8.782e-5,
+}  # fmt: skip
+"""Expected squared error over squared value for Gaussian values, by bits."""
+_TINY = 1e-8
+
+
+def grid_step(values: Tensor, bits: int) -> Tensor:
+    """Distance between levels, one per group (the last axis), in float32: shape [..., 1]."""
+    wide = values if values.dtype == values.double().dtype else values.float()
+    rms = wide.square().mean(-1, keepdim=True).sqrt()
+    return 2 * (ALPHA[bits] * rms + _TINY) / (2**bits - 1)
+
+
+def to_codes(values: Tensor, step: Tensor, bits: int) -> Tensor:
+    """Index of each value's level, 0 to 2**bits - 1 (int64)."""
+    half = 2 ** (bits - 1)
+    return ((values / step).floor().clamp(-half, half - 1) + half).long()
+
+
+def from_codes(codes: Tensor, step: Tensor, bits: int) -> Tensor:
+    """The levels behind codes, in the dtype of `step`."""
+    return (codes.to(step.dtype) - (2 ** (bits - 1) - 0.5)) * step
+
+
+def expected_sqnr_db(bits: int) -> float:
+    """Signal-to-noise ratio of Gaussian weights on this grid, in dB."""
+    return -10 * math.log10(RELATIVE_MSE[bits])

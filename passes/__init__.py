@@ -1,0 +1,1 @@
+"""Passes: one technique, one file. Find them by name through `resplice.registry`."""

@@ -1,0 +1,65 @@
+"""Builder: inserts nodes with values and provenance filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from resplice import weights
+from resplice.infer import fake_of, infer_node
+from resplice.origin import inherit
+from resplice.program import Program
+
+
+class Builder:
+    """Inserts nodes before one node; each inherits that node's provenance.
+
+    `build(torch.ops.aten.add.Tensor, x, y)` adds a call; `build.weight(name, tensor)` a constant.
+    """
+
+    def __init__(self, program: Program, before: fx.Node, made_by: str = "") -> None:
+        """Build into `program`, right before `before`."""
+        self.program, self.before, self.made_by = program, before, made_by
+        self.made: list[fx.Node] = []
+
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Insert a call of an operator overload (or a plain function such as `operator.getitem`)."""
+        with self.program.graph.inserting_before(self.before):
+            node = self.program.graph.call_function(target, args, kwargs)
+        return self._finish(node)
+
+    def weight(self, name: str, tensor: torch.Tensor) -> fx.Node:
+        """Register a tensor and insert the node that reads it; a taken name gets a number."""
+        unique, count = name, 1
+        while weights.has(self.program.module, unique):
+            if weights.key(self.program.weight(unique)) == weights.key(tensor):
+                break
+            unique, count = f"{name}_{count}", count + 1
+        else:
+            weights.put(self.program.module, unique, tensor)
+        with self.program.graph.inserting_before(self.before):
+            node = self.program.graph.get_attr(unique)
+        node.meta["val"] = fake_of(self.program.fake_mode, tensor)
+        return self._finish(node)
+
+    def size(self, node: fx.Node, axis: int) -> fx.Node | int:
+        """A size of a value: an int where static, a `sym_size` node where dynamic."""
+        size = node.meta["val"].shape[axis]
+        if isinstance(size, int):
+            return size
+        return self(torch.ops.aten.sym_size.int, node, axis)
+
+    def reshape(self, node: fx.Node, sizes: Sequence[Any]) -> fx.Node:
+        """`aten.reshape`."""
+        return self(torch.ops.aten.reshape.default, node, list(sizes))
+
+    def _finish(self, node: fx.Node) -> fx.Node:
+        infer_node(self.program, node)
+        inherit(node, self.before, self.made_by)
+        self.made.append(node)
+        return node
+
+

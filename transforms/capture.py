@@ -1,0 +1,299 @@
+"""Capture: an unmodified model + sample inputs -> Program, by torch.export.
+
+What is done on the way, and why:
+- sample inputs are copied to distinct tensors: export silently merges two inputs that are one object;
+- everything runs under `no_grad`: else rotary code hides in a higher-order op;
+- non-tensor arguments are bound away, and the output is flattened, so the graph has tensors only;
+- named dims are declared to torch, which then proves them; derived sizes it suggests are adopted,
+  a dim it can't keep dynamic is an error, never silently fixed;
+- in-place writes and inlined autocast regions are made functional.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
+
+from resplice import repairs, weights
+from resplice.calling import CallSpec, Leaf, describe, describe_call
+from resplice.dims import Dim, DynamicShapes, per_axis
+from resplice.errors import CaptureError, InputError, UsageError
+from resplice.exported import unlift
+from resplice.facts import Facts, FloatWeights
+from resplice.program import Program
+
+aten = torch.ops.aten
+_PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
+_INNER = "captured"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Sample inputs of a model: what you would write in `model(*args, **kwargs)`."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(cls, value: object) -> Sample:
+        """Read a sample: a tuple is args, a mapping is kwargs, a tensor the only argument."""
+        if isinstance(value, Sample):
+            return value
+        if isinstance(value, Mapping):
+            return cls((), dict(value))
+        if isinstance(value, torch.Tensor):
+            return cls((value,), {})
+        if isinstance(value, tuple | list):
+            return cls(tuple(value), {})
+        raise UsageError(
+            f"sample inputs are a {type(value).__name__}",
+            hint="give a tuple (args), a dict (kwargs) or resplice.Sample(args, kwargs)",
+        )
+
+
+def capture(
+    model: nn.Module,
+    example_inputs: object,
+    *,
+    dynamic_shapes: DynamicShapes | None = None,
+    repair: bool = True,
+) -> Program:
+    """Capture a model as a Program.
+
+    Args:
+        model: Any module; its train or eval mode is kept. It is not changed.
+        example_inputs: A tuple of args, a dict of kwargs, or `Sample(args, kwargs)`. Tensors may
+            sit inside lists, tuples, dicts and registered classes.
+        dynamic_shapes: Input name -> {axis: "dim name"} (or a tuple over axes); bounds as
+            "seq=2:2048". Inputs inside structures are named by path, `past[0]` -> `past_0`.
+        repair: Apply the repair catalogue (`resplice.repairs`) while tracing.
+
+    Returns:
+        The program; weights share storage with the model.
+
+    Raises:
+        CaptureError: torch.export can't capture the model; says where and what to do.
+        UsageError: Sample inputs or dynamic shapes are malformed.
+    """
+    sample = Sample.of(example_inputs)
+    parameters, leaves, tensors = describe_call(model.forward, sample.args, sample.kwargs or {})
+    _check_constants(leaves)
+    if not tensors:
+        raise UsageError("the sample inputs hold no tensor", hint="give at least one tensor input")
+    dims = _named_dims(dynamic_shapes or {}, tensors)
+    copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    structures: list[Any] = []
+    flat = _Flat(model, sample, structures.append)
+    with torch.no_grad(), repairs.applied(model, enabled=repair) as applied:
+        exported = _export(flat, tuple(copies.values()), dims)
+    names = {
+        f"{_INNER}.{name}": name for name, _ in weights.named(model)
+    }
+    module = unlift(exported, tuple(copies), lambda n: names.get(n, n.removeprefix(f"{_INNER}.")))
+    _shorten_paths(module.graph)
+    _drop_metadata_asserts(module.graph)
+    _own_written_buffers(module)
+    program = Program(
+        module=module,
+        call=CallSpec(parameters, leaves, structures[-1]),
+        samples=copies,
+        facts=Facts(FloatWeights()) if _all_float(module) else Facts(),
+        metadata={"repairs": list(applied)} if applied else {},
+        training=model.training,
+    )
+    _name_symbols(program, dims)
+    module.recompile()
+    return program
+
+
+class _Flat(nn.Module):
+    """Calls the model with constants bound; takes flat tensors, returns flat tensors."""
+
+    def __init__(
+        self, model: nn.Module, sample: Sample, record: Callable[[Any], None]
+    ) -> None:
+        super().__init__()
+        self.captured = model
+        self.training = model.training
+        self._call = (sample.args, dict(sample.kwargs or {}))
+        self._record = record  # a bound method: export restores every plain attribute afterwards
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        given = iter(tensors)
+        args, kwargs = torch.utils._pytree.tree_map(
+            lambda leaf: next(given) if isinstance(leaf, torch.Tensor) else leaf, self._call
+        )
+        structure, outputs = describe(self.captured(*args, **kwargs))
+        self._record(structure)
+        return tuple(outputs)
+
+
+def _export(
+    flat: _Flat, tensors: tuple[torch.Tensor, ...], dims: Mapping[str, Mapping[int, Dim]]
+) -> ExportedProgram:
+    shapes: Any = (tuple(_torch_dims(axes) for axes in dims.values()),)
+    for _ in range(3):
+        try:
+            exported = torch.export.export(flat, tensors, dynamic_shapes=shapes, strict=False)
+            return _functional(exported)
+        except torch._dynamo.exc.UserError as error:
+            shapes = _refine(error, shapes)
+        except (InputError, CaptureError):
+            raise
+        except Exception as error:
+            raise _explain(error, flat) from error
+    raise CaptureError("torch.export keeps suggesting new dynamic dimensions")
+
+
+def _refine(error: torch._dynamo.exc.UserError, shapes: Any) -> Any:
+    """Adopt derived sizes (`h = 2*_h`) that torch proved necessary; refuse fixed ones."""
+    text = str(error)
+    if "Suggested fixes" not in text:
+        raise _explain(error, None) from error
+    fixed = [line.strip() for line in text.split("Suggested fixes:")[-1].splitlines()
+             if "=" in line and line.split("=")[-1].strip().isdigit()]
+    if fixed:
+        raise CaptureError(
+            f"the model can't keep these dimensions dynamic: {'; '.join(fixed)}",
+            where=_first_reason(text),
+            hint="leave them out of dynamic_shapes; a sample size of 1 also fixes a dimension, "
+            "so capture with at least 2",
+        ) from error
+    return refine_dynamic_shapes_from_suggested_fixes(text, shapes)
+
+
+def _functional(exported: ExportedProgram) -> ExportedProgram:
+    """Inline wrapped regions and turn in-place writes into values, only where there are any."""
+    for node in exported.graph.nodes:
+        target = node.target
+        wrapped = isinstance(target, torch._ops.HigherOrderOperator)
+        writes = isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+        if wrapped or writes or _updates_statistics(node):
+            return exported.run_decompositions({})
+    return exported
+
+
+def _updates_statistics(node: fx.Node) -> bool:
+    """Training-mode batch norm updates its running statistics though its schema hides it."""
+    return node.target is aten.batch_norm.default and bool(node.args[5])
+
+
+def _explain(error: Exception, flat: _Flat | None) -> CaptureError:
+    """Turn an export failure into one sentence, the user's source line and a next step."""
+    text = str(error).strip()
+    line = _user_line(error)
+    if "data-dependent" in text or "GuardOnDataDependent" in type(error).__name__:
+        hint = (
+            "the graph would depend on values: pass what is computed there as an input, or capture "
+            "the sub-module after it"
+        )
+    else:
+        hint = "run the model eagerly with the same sample inputs; then simplify that line"
+    first = text.splitlines()[0] if text else type(error).__name__
+    return CaptureError(f"torch.export failed: {first}", where=line, hint=hint)
+
+
+def _user_line(error: BaseException) -> str:
+    """The deepest frame outside torch and this package."""
+    found = ""
+    for frame in inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []:
+        if not any(part in frame.filename for part in ("/torch/", "capture.py", "contextlib")):
+            found = f"{frame.filename}:{frame.lineno}, in {frame.function}"
+    return found
+
+
+def _first_reason(text: str) -> str:
+    reasons = [line.strip(" -") for line in text.splitlines() if "specialized" in line]
+    return reasons[0] if reasons else ""
+
+
+def _torch_dims(axes: Mapping[int, Dim]) -> dict[int, Any] | None:
+    return {axis: _torch_dim(dim) for axis, dim in axes.items()} or None
+
+
+def _torch_dim(dim: Dim) -> Any:
+    return torch.export.Dim(dim.name, min=dim.min, max=dim.max)
+
+
+def _named_dims(
+    spec: DynamicShapes, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, dict[int, Dim]]:
+    unknown = [name for name in spec if name not in tensors]
+    if unknown:
+        raise UsageError(
+            f"dynamic_shapes names {', '.join(unknown)}, which is no tensor input",
+            hint=f"tensor inputs are {', '.join(tensors)}",
+        )
+    dims = {name: per_axis(spec.get(name)) for name in tensors}
+    bounds: dict[str, Dim] = {}
+    for name, axes in dims.items():
+        for axis, dim in axes.items():
+            if not -tensors[name].dim() <= axis < tensors[name].dim():
+                raise UsageError(f"dynamic_shapes: {name} has no axis {axis}")
+            if bounds.setdefault(dim.name, dim) != dim:
+                raise UsageError(f"dimension {dim.name} has two bounds: {bounds[dim.name]}, {dim}")
+    return dims
+
+
+def _name_symbols(program: Program, dims: Mapping[str, Mapping[int, Dim]]) -> None:
+    """Tie each shape symbol to the name the user gave it."""
+    for node in program.placeholders:
+        for axis, dim in dims[node.name].items():
+            size = node.meta["val"].shape[axis]
+            if not isinstance(size, torch.SymInt):
+                raise CaptureError(f"dimension {dim.name} of {node.name} was fixed to {size}")
+            program.dims[dim.name] = dim
+            symbols = size.node.expr.free_symbols
+            if len(symbols) == 1:
+                program.symbols.setdefault(str(next(iter(symbols))), dim.name)
+
+
+def _check_constants(leaves: Sequence[Leaf]) -> None:
+    for leaf in leaves:
+        if leaf.tensor is None and not isinstance(leaf.constant, _PLAIN):
+            raise CaptureError(
+                f"input {leaf.path} is a {type(leaf.constant).__name__}, which may hide tensors",
+                hint="pass tensors, plain values, or a class registered with torch's pytree",
+            )
+
+
+def _shorten_paths(graph: fx.Graph) -> None:
+    """Name modules as in the caller's model: drop the wrapper from every node's module stack."""
+    prefix, done = f"{_INNER}.", {}
+    for node in graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if stack and id(stack) not in done:
+            entries = list(stack.items())[1:]
+            done[id(stack)] = (stack, {
+                key: (path.removeprefix(prefix).removeprefix(_INNER), kind)
+                for key, (path, kind) in entries
+            })
+        if stack:
+            node.meta["nn_module_stack"] = done[id(stack)][1]
+
+
+def _drop_metadata_asserts(graph: fx.Graph) -> None:
+    """Drop trace-time dtype checks: impure, they would keep replaced subgraphs alive."""
+    for node in list(graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+
+
+def _own_written_buffers(module: fx.GraphModule) -> None:
+    """Give the program its own copy of every buffer it writes, so the caller's stay untouched."""
+    for node in module.graph.nodes:
+        if node.target is aten.copy_.default and node.args[0].op == "get_attr":
+            name = str(node.args[0].target)
+            weights.put(module, name, copy.deepcopy(weights.get(module, name)))
+
+
+def _all_float(module: fx.GraphModule) -> bool:
+    return all(value.is_floating_point() for value in module.parameters())

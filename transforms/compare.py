@@ -1,0 +1,79 @@
+"""Error measures between a reference and a result, in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from resplice.errors import NumericsError
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a result is from its reference.
+
+    Attributes:
+        sqnr_db: 10 log10(signal power / error power); None where the two are identical.
+        max_abs: Largest absolute difference.
+        relative: `max_abs` over the largest absolute reference value (the output scale).
+        finite: Whether the result is finite wherever the reference is.
+    """
+
+    sqnr_db: float | None
+    max_abs: float
+    relative: float
+    finite: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able form."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """`42.0 dB, max abs 1.2e-3 (4.0e-4 of scale)`."""
+        ratio = "identical" if self.sqnr_db is None else f"{self.sqnr_db:.1f} dB"
+        return f"{ratio}, max abs {self.max_abs:.2e} ({self.relative:.2e} of scale)"
+
+
+def difference(reference: torch.Tensor, result: torch.Tensor) -> Difference:
+    """Compare two tensors of equal shape.
+
+    Positions where the reference is not finite must hold the same value in the result; they
+    count for nothing else (attention masks are full of -inf).
+    """
+    if reference.shape != result.shape:
+        raise NumericsError(
+            f"shapes differ: {list(reference.shape)} and {list(result.shape)}",
+            measured=math.inf, bar=0.0,
+        )  # fmt: skip
+    a, b = reference.detach().double(), result.detach().double()
+    usual = a.isfinite()
+    same_rest = bool(torch.equal(a[~usual].nan_to_num(), b[~usual].nan_to_num()))
+    finite = same_rest and bool(b[usual].isfinite().all())
+    a, b = a[usual], b[usual]
+    if not finite:
+        return Difference(-math.inf, math.inf, math.inf, finite=False)
+    error, scale = (a - b).abs(), float(a.abs().max()) if a.numel() else 0.0
+    worst = float(error.max()) if error.numel() else 0.0
+    return Difference(_sqnr(a, error), worst, worst / scale if scale else (math.inf if worst else 0.0))
+
+
+def worst(differences: Sequence[Difference]) -> Difference:
+    """The difference with the largest relative error."""
+    return max(differences, key=lambda d: d.relative, default=Difference(None, 0.0, 0.0))
+
+
+def sqnr_db(reference: torch.Tensor, result: torch.Tensor) -> float:
+    """Signal-to-quantisation-noise ratio in dB; infinity where identical."""
+    found = difference(reference, result).sqnr_db
+    return math.inf if found is None else found
+
+
+def _sqnr(signal: torch.Tensor, error: torch.Tensor) -> float | None:
+    noise, power = float(error.square().sum()), float(signal.square().sum())
+    if noise == 0:
+        return None
+    return 10 * math.log10(power / noise) if power else -math.inf

@@ -1,0 +1,107 @@
+"""Dynamic dimensions by name: what users write, what shapes print.
+
+A user writes `{"input_ids": {0: "batch", 1: "seq=2:2048"}}`; one name is one size everywhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+
+from resplice.errors import UsageError
+
+Size = int | str
+_TEXT = re.compile(r"^\s*([A-Za-z_]\w*)\s*(?:=\s*(\d*)\s*:\s*(\d*)\s*)?$")
+
+
+@dataclass(frozen=True)
+class Dim:
+    """A named dynamic dimension and its inclusive bounds (None: unbounded above)."""
+
+    name: str
+    min: int = 2
+    max: int | None = None
+
+    @classmethod
+    def parse(cls, value: object) -> Dim:
+        """Read `"seq"`, `"seq=2:2048"`, a `torch.export.Dim` or a `Dim`.
+
+        Raises:
+            UsageError: The value names no dimension.
+        """
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, str) and (found := _TEXT.match(value)):
+            name, low, high = found.groups()
+            return cls(name, int(low) if low else 2, int(high) if high else None)
+        name = getattr(value, "__name__", None)
+        if not name:
+            raise UsageError(
+                f"{value!r} is not a dynamic dimension",
+                hint='write a name such as "seq", with bounds "seq=2:2048"',
+            )
+        low, high = getattr(value, "min", 2), getattr(value, "max", None)
+        bounded = isinstance(high, int) and high < torch.iinfo(torch.int64).max
+        return cls(name, max(int(low), 2), int(high) if bounded and high is not None else None)
+
+    def __str__(self) -> str:
+        """Print back the text form."""
+        if (self.min, self.max) == (2, None):
+            return self.name
+        return f"{self.name}={self.min}:{'' if self.max is None else self.max}"
+
+
+DynamicShapes = Mapping[str, Mapping[int, Any] | Sequence[Any] | None]
+
+
+def per_axis(spec: Mapping[int, Any] | Sequence[Any] | None) -> dict[int, Dim]:
+    """Normalise one input's spec, `{1: "seq"}` or `(None, "seq")`, to axis -> Dim."""
+    if spec is None:
+        return {}
+    pairs = spec.items() if isinstance(spec, Mapping) else enumerate(spec)
+    return {int(axis): Dim.parse(value) for axis, value in pairs if value is not None}
+
+
+def size_text(size: Any, names: Mapping[str, str]) -> Size:
+    """Print one size: an int stays, a symbol becomes its dimension's name."""
+    if isinstance(size, int):
+        return size
+    whole = size.node.expr
+    named = {s: sympy.Symbol(names[str(s)]) for s in whole.free_symbols if str(s) in names}
+    return str(whole.xreplace(named)).replace(" ", "")
+
+
+def shape_text(shape: Sequence[Any], names: Mapping[str, str]) -> tuple[Size, ...]:
+    """Print every size of a shape."""
+    return tuple(size_text(size, names) for size in shape)
+
+
+def expression(size: int | torch.SymInt) -> sympy.Expr:
+    """The sympy expression behind a size."""
+    return sympy.Integer(size) if isinstance(size, int) else size.node.expr
+
+
+def solve(size: int | torch.SymInt, actual: int, bound: dict[sympy.Symbol, int]) -> bool:
+    """Whether `actual` fits a declared size; binds a symbol met for the first time."""
+    wanted = expression(size).subs(bound)
+    if not wanted.free_symbols:
+        return int(wanted) == actual
+    if len(wanted.free_symbols) > 1:
+        return True  # several unknowns: a later size decides
+    (symbol,) = wanted.free_symbols
+    roots = [root for root in sympy.solve(wanted - actual, symbol) if root.is_Integer and root > 0]
+    if roots:
+        bound[symbol] = int(roots[0])
+    return bool(roots)
+
+
+def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two fake tensors have provably equal sizes; never adds a guard."""
+    return len(a.shape) == len(b.shape) and all(
+        expression(x) == expression(y) for x, y in zip(a.shape, b.shape, strict=True)
+    )

@@ -1,0 +1,201 @@
+"""Program <-> torch.export.ExportedProgram, in both directions without tracing again.
+
+`unlift` turns an exported program into our flat graph (weights as `get_attr`, state updates as
+trailing `copy_`); `lift` goes back, for saving as `.pt2` and for exporters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+from torch.export import ExportedProgram
+from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
+from torch.export.graph_signature import (
+    ConstantArgument,
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges
+
+from resplice import weights
+from resplice.errors import CaptureError
+from resplice.origin import where
+from resplice.program import Program, copy_graph
+
+aten = torch.ops.aten
+_WEIGHT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+_MUTATIONS = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)
+
+
+def unlift(
+    exported: ExportedProgram,
+    input_names: tuple[str, ...],
+    rename: Callable[[str], str] = lambda name: name,
+) -> fx.GraphModule:
+    """Rebuild the exported graph with weights as attributes.
+
+    Args:
+        exported: The exported program; its tensors are shared, not copied.
+        input_names: New names of the user inputs, in order.
+        rename: Maps a weight's exported name to the name we keep.
+
+    Raises:
+        CaptureError: The graph holds control flow or objects that no backend understands.
+    """
+    old, root, graph = exported.graph, nn.Module(), fx.Graph()
+    mapped: dict[fx.Node, fx.Node] = {}
+    _refuse_unsupported(exported)
+    specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
+    names = iter(input_names)
+    placeholders = [node for node in old.nodes if node.op == "placeholder"]
+    for node in (n for n in placeholders if specs[n.name].kind is InputKind.USER_INPUT):
+        mapped[node] = graph.placeholder(next(names))
+    for node in (n for n in placeholders if n not in mapped):
+        name = rename(str(specs[node.name].target))
+        value = _tensor_of(exported, specs[node.name])
+        if not weights.has(root, name):
+            weights.put(root, name, weights.frozen_view(value))
+        mapped[node] = graph.get_attr(name)
+    for node in old.nodes:
+        if node.op not in ("placeholder", "output"):
+            mapped[node] = graph.node_copy(node, lambda n: mapped[n])
+    for node, new in mapped.items():
+        new.meta = dict(node.meta)
+    _emit_outputs(exported, graph, mapped, rename)
+    return fx.GraphModule(root, graph)
+
+
+def lift(program: Program) -> ExportedProgram:
+    """The program as an ExportedProgram (training dialect), ready to save or to export."""
+    graph = copy_graph(program.graph)
+    specs = list(_lift_weights(program, graph))
+    users = [n for n in graph.nodes if n.op == "placeholder" and not n.meta.pop("lifted", False)]
+    specs += [InputSpec(InputKind.USER_INPUT, TensorArgument(n.name), None) for n in users]
+    outputs = _lift_outputs(graph, {s.arg.name: s for s in specs})
+    samples = tuple(program.samples[node.name] for node in users)
+    count = len([o for o in outputs if o.kind is OutputKind.USER_OUTPUT])
+    root = nn.Module()
+    state = dict(program.named_weights())
+    return ExportedProgram(
+        root=root,
+        graph=graph,
+        graph_signature=ExportGraphSignature(specs, outputs),
+        state_dict=state,
+        range_constraints=_ranges(program),
+        module_call_graph=[ModuleCallEntry("", _call_signature(samples, count))],
+        example_inputs=(samples, {}),
+        constants={},
+        verifiers=[torch._export.verifier.load_verifier("TRAINING")],
+    )
+
+
+def _lift_weights(program: Program, graph: fx.Graph) -> Iterator[InputSpec]:
+    first = next(iter(graph.nodes))
+    seen: dict[str, fx.Node] = {}
+    for node in [n for n in graph.nodes if n.op == "get_attr"]:
+        name = str(node.target)
+        if name not in seen:
+            value = program.weight(name)
+            parameter = isinstance(value, nn.Parameter)
+            with graph.inserting_before(first):
+                lifted = graph.placeholder(("p_" if parameter else "b_") + name.replace(".", "_"))
+            lifted.meta = {**node.meta, "lifted": True}
+            seen[name] = lifted
+            kind = InputKind.PARAMETER if parameter else InputKind.BUFFER
+            yield InputSpec(
+                kind, TensorArgument(lifted.name), name, persistent=None if parameter else True
+            )
+        node.replace_all_uses_with(seen[name])
+        graph.erase_node(node)
+
+
+def _lift_outputs(graph: fx.Graph, inputs: dict[str, InputSpec]) -> list[OutputSpec]:
+    results: list[fx.Node] = []
+    specs: list[OutputSpec] = []
+    for node in [n for n in graph.nodes if n.target is aten.copy_.default]:
+        target, value = node.args[0], node.args[1]
+        assert isinstance(target, fx.Node) and isinstance(value, fx.Node)
+        spec = inputs[target.name]
+        state = spec.kind is not InputKind.USER_INPUT
+        kind = OutputKind.BUFFER_MUTATION if state else OutputKind.USER_INPUT_MUTATION
+        specs.append(
+            OutputSpec(kind, TensorArgument(value.name), spec.target if state else target.name)
+        )
+        results.append(value)
+        graph.erase_node(node)
+    output = graph.output_node()
+    for node in output.args[0]:  # type: ignore[union-attr]  # a tuple of nodes by invariant
+        specs.append(OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None))  # type: ignore[union-attr]  # same
+        results.append(node)  # type: ignore[arg-type]  # same
+    output.args = (tuple(results),)
+    return specs
+
+
+def _call_signature(samples: tuple[torch.Tensor, ...], outputs: int) -> ModuleCallSignature:
+    return ModuleCallSignature(
+        inputs=[],
+        outputs=[],
+        in_spec=pytree.tree_structure((samples, {})),
+        out_spec=pytree.tree_structure(tuple(range(outputs))),
+    )
+
+
+def _ranges(program: Program) -> dict[Any, ValueRanges[Any]]:
+    shape_env = program.fake_mode.shape_env
+    found = dict(shape_env.var_to_range) if shape_env else {}
+    for symbol in found:
+        dim = program.dims.get(program.symbols.get(str(symbol), ""))
+        if dim:
+            found[symbol] = ValueRanges(dim.min, int_oo if dim.max is None else dim.max)
+    return found
+
+
+def _tensor_of(exported: ExportedProgram, spec: InputSpec) -> torch.Tensor:
+    found = exported.state_dict.get(str(spec.target))
+    value = exported.constants.get(str(spec.target)) if found is None else found
+    assert isinstance(value, torch.Tensor), spec
+    return value
+
+
+def _emit_outputs(
+    exported: ExportedProgram,
+    graph: fx.Graph,
+    mapped: dict[fx.Node, fx.Node],
+    rename: Callable[[str], str],
+) -> None:
+    old_output = exported.graph.output_node()
+    by_target = {str(n.target): n for n in graph.nodes if n.op == "get_attr"}
+    by_name = {old.name: new for old, new in mapped.items()}
+    results = []
+    for spec, value in zip(exported.graph_signature.output_specs, old_output.args[0], strict=True):  # type: ignore[arg-type]  # tuple
+        if spec.kind in _MUTATIONS:
+            name = str(spec.target)
+            target = by_name.get(name) or by_target[rename(name)]
+            write = graph.call_function(aten.copy_.default, (target, mapped[value]))  # type: ignore[index]  # a node
+            write.meta = {"val": target.meta["val"]}
+        elif isinstance(value, fx.Node):
+            results.append(mapped[value])
+    graph.output(tuple(results))
+
+
+def _refuse_unsupported(exported: ExportedProgram) -> None:
+    for spec in exported.graph_signature.input_specs:
+        known = spec.kind in _WEIGHT_KINDS or spec.kind is InputKind.USER_INPUT
+        if not known or isinstance(spec.arg, ConstantArgument):
+            raise CaptureError(f"the model's input {spec.arg.name} is not a tensor ({spec.kind})")
+    for node in exported.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise CaptureError(
+                f"the model uses {node.target.name()}, a control-flow op",
+                where=where(node),
+                hint="capture the branch you need, with inputs that do not decide it",
+            )

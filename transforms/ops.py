@@ -1,0 +1,163 @@
+"""The dialect's ops: one declaration holds an op's meaning and everything known about it.
+
+    @op("scale_rows(Tensor x, Tensor scale) -> Tensor", samples=..., cost=...)
+    def scale_rows(x, scale):
+        return x * scale[:, None]
+
+The decorated function is the reference: plain torch, THE meaning. An op without a lowering for a
+backend decomposes into its reference, so every backend supports every op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from resplice.cost import Cost
+
+NAMESPACE = "resplice"
+_OPS: dict[str, Op] = {}
+
+
+@dataclass(frozen=True)
+class OpSample:
+    """One call of an op for generated tests.
+
+    Attributes:
+        label: What it shows ("ragged last group").
+        args: Positional arguments.
+        refused: For a sample that must raise `OpError`: a part of the message.
+        grad: Whether gradients are checked.
+    """
+
+    label: str
+    args: tuple[Any, ...]
+    refused: str = ""
+    grad: bool = False
+
+
+@dataclass
+class Op:
+    """One op of the dialect.
+
+    Attributes:
+        name: Its name in the `resplice` namespace.
+        reference: The meaning, in plain torch.
+        verify: Raises `OpError` for arguments outside the op's domain.
+        cost_rule: FLOPs and bytes from meta tensors.
+        fast: A faster implementation of the same meaning, used when called eagerly.
+        backward: Gradient rule `(context, grad) -> grads`, with `setup` saving what it needs.
+        lowerings: Backend name -> function, or "module:function" loaded on demand. It receives
+            the backend's builder first, so this file needs no backend installed.
+        lowering_error: Relative error a lowering may add, by backend (for declared bars).
+        samples: Yields good, edge and to-be-refused calls.
+    """
+
+    name: str
+    schema: str
+    reference: Callable[..., Any]
+    verify: Callable[..., None] | None = None
+    cost_rule: Callable[..., Cost] | None = None
+    fast: Callable[..., Any] | None = None
+    samples: Callable[[], Iterator[OpSample]] | None = None
+    lowerings: dict[str, Callable[..., Any] | str] = field(default_factory=dict)
+    __doc__: str | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the op eagerly on tensors, with its arguments checked."""
+        return self.overload(*args, **kwargs)
+
+    @property
+    def overload(self) -> torch._ops.OpOverload:
+        """The registered torch operator."""
+        return getattr(torch.ops.resplice, self.name).default  # type: ignore[no-any-return]  # torch.ops is dynamic
+
+    def lower(self, backend: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Decorator: declare the lowering to a backend."""
+
+        def declare(function: Callable[..., Any]) -> Callable[..., Any]:
+            self.lowerings[backend] = function
+            return function
+
+        return declare
+
+    def differentiate(
+        self, backward: Callable[..., Any], *, setup: Callable[..., None] | None = None
+    ) -> None:
+        """Declare the gradient (torch.library's `register_autograd` convention)."""
+        torch.library.register_autograd(
+            f"{NAMESPACE}::{self.name}", backward, setup_context=setup, lib=_library()
+        )
+
+
+def op(
+    schema: str,
+    *,
+    verify: Callable[..., None] | None = None,
+    cost: Callable[..., Cost] | None = None,
+    fake: Callable[..., Any] | None = None,
+    fast: Callable[..., Any] | None = None,
+    samples: Callable[[], Iterator[OpSample]] | None = None,
+) -> Callable[[Callable[..., Any]], Op]:
+    """Register an op: its schema, reference and the rest of its declaration.
+
+    Args:
+        schema: `name(Tensor x, int bits) -> Tensor`.
+        verify: Raises `OpError` for arguments outside the op's domain.
+        cost: FLOPs and bytes of a call, from meta tensors.
+        fake: Shape rule; by default the reference itself, run on fake tensors.
+        fast: A faster eager implementation of the same meaning.
+        samples: Sample calls for the generated tests.
+    """
+
+    def declare(reference: Callable[..., Any]) -> Op:
+        name = schema.partition("(")[0]
+        found = Op(name, schema, reference, verify, cost, fast, samples, __doc__=reference.__doc__)
+        _register(found, fake or reference)
+        _OPS[name] = found
+        return found
+
+    return declare
+
+
+def all_ops() -> dict[str, Op]:
+    """Every op registered so far, by name."""
+    return dict(_OPS)
+
+
+def find_op(target: object) -> Op | None:
+    """The op behind a node's target, if it is one of ours."""
+    if isinstance(target, torch._ops.OpOverload) and target.namespace == NAMESPACE:
+        return _OPS.get(target._schema.name.split("::")[1])
+    return None
+
+
+def _register(found: Op, fake: Callable[..., Any]) -> None:
+    library, implementation = _library(), found.fast or found.reference
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if found.verify is not None:
+            found.verify(*args, **kwargs)
+        return implementation(*args, **kwargs)
+
+    def shape(*args: Any, **kwargs: Any) -> Any:
+        if found.verify is not None:
+            found.verify(*args, **kwargs)
+        return fake(*args, **kwargs)
+
+    library.define(found.schema)
+    library.impl(found.name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{found.name}", shape, lib=library)
+
+
+_libraries: list[torch.library.Library] = []
+
+
+def _library() -> torch.library.Library:
+    if not _libraries:
+        _libraries.append(torch.library.Library(NAMESPACE, "FRAGMENT"))
+    return _libraries[0]

@@ -1,0 +1,1 @@
+"""Backends: each lowers a Program to an artefact and can run and check it on this machine."""

@@ -97,8 +97,7 @@ hadamard.differentiate(_backward, setup=_save)
 def _onnx(build: Any, x: Any, block: int) -> Any:
     """Reshape, one product with a constant matrix, reshape."""
     dtype = x.meta["val"].dtype
-    matrix = build.weight(f"hadamard.order_{block}_{dtype}".replace("torch.", ""),
-                          hadamard_matrix(block).to(dtype))
-    sizes = [build.size(x, axis) for axis in range(x.meta["val"].dim())]
+    matrix = build.constant(f"hadamard.order_{block}", hadamard_matrix(block).to(dtype))
+    sizes = build.sizes(x)
     split = build.reshape(x, [*sizes[:-1], sizes[-1] // block, block])
     return build.reshape(build(torch.ops.aten.matmul.default, split, matrix), sizes)

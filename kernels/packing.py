@@ -28,25 +28,34 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         uint8, shape [..., ceil(K*bits/8)].
     """
     per, width = _period(bits)
-    padded = torch.nn.functional.pad(codes.to(torch.uint8), (0, -codes.shape[-1] % per))
-    lanes = padded.unflatten(-1, (-1, per)).to(torch.int64)
-    shifts = torch.arange(per) * bits
-    word = (lanes << shifts).sum(-1, keepdim=True)
-    bytes_ = (word >> (8 * torch.arange(width))) & 0xFF
-    return bytes_.flatten(-2)[..., : packed_bytes(codes.shape[-1], bits)].to(torch.uint8)
+    padded = torch.nn.functional.pad(codes.to(torch.int32), (0, -codes.shape[-1] % per))
+    packed = _split(_join(padded, per, 2**bits), width, 256)
+    return packed[..., : packed_bytes(codes.shape[-1], bits)].to(torch.uint8)
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Inverse of `pack`: uint8 codes of shape [..., count]."""
+    """Inverse of `pack`: uint8 codes of shape [..., count].
+
+    Plain integer arithmetic, because every backend has it.
+    """
     per, width = _period(bits)
-    padded = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % width))
-    lanes = padded.unflatten(-1, (-1, width)).to(torch.int64)
-    word = (lanes << (8 * torch.arange(width))).sum(-1, keepdim=True)
-    codes = (word >> (torch.arange(per) * bits)) & (2**bits - 1)
-    return codes.flatten(-2)[..., :count].to(torch.uint8)
+    padded = torch.nn.functional.pad(packed.to(torch.int32), (0, -packed.shape[-1] % width))
+    return _split(_join(padded, width, 256), per, 2**bits)[..., :count].to(torch.uint8)
+
+
+def _join(digits: Tensor, per: int, base: int) -> Tensor:
+    """Runs of `per` digits, least significant first -> numbers: [..., K] -> [..., K/per]."""
+    lanes = digits.unflatten(-1, (-1, per)).unbind(-1)
+    return torch.stack([lane * base**i for i, lane in enumerate(lanes)]).sum(0, dtype=torch.int32)
+
+
+def _split(numbers: Tensor, per: int, base: int) -> Tensor:
+    """Inverse of `_join`."""
+    lanes = [torch.div(numbers, base**i, rounding_mode="floor") % base for i in range(per)]
+    return torch.stack(lanes, -1).flatten(-2)
 
 
 def _period(bits: int) -> tuple[int, int]:
-    """Codes and bytes after which the bit stream is aligned again."""
+    """Codes and bytes after which the bit stream is aligned again (at most 24 bits)."""
     common = math.lcm(bits, 8)
     return common // bits, common // 8

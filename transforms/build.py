@@ -45,12 +45,31 @@ class Builder:
         node.meta["val"] = fake_of(self.program.fake_mode, tensor)
         return self._finish(node)
 
+    def constant(self, name: str, tensor: torch.Tensor) -> fx.Node:
+        """Like `weight`, but an equal tensor already stored under that name is used again."""
+        root = self.program.module
+        if weights.has(root, name) and torch.equal(weights.get(root, name), tensor):
+            tensor = weights.get(root, name)
+        return self.weight(name, tensor)
+
     def size(self, node: fx.Node, axis: int) -> fx.Node | int:
         """A size of a value: an int where static, a `sym_size` node where dynamic."""
         size = node.meta["val"].shape[axis]
         if isinstance(size, int):
             return size
-        return self(torch.ops.aten.sym_size.int, node, axis)
+        return self.shared(torch.ops.aten.sym_size.int, node, axis)
+
+    def sizes(self, node: fx.Node) -> list[fx.Node | int]:
+        """All sizes of a value."""
+        return [self.size(node, axis) for axis in range(node.meta["val"].dim())]
+
+    def shared(self, target: Any, *args: Any) -> fx.Node:
+        """Like calling the builder, but an equal node that stands earlier is used again."""
+        first = next(arg for arg in args if isinstance(arg, fx.Node))
+        for user in first.users:
+            if user.target is target and _plain(user.args) == _plain(args) and user < self.before:
+                return user
+        return self(target, *args)
 
     def reshape(self, node: fx.Node, sizes: Sequence[Any]) -> fx.Node:
         """`aten.reshape`."""
@@ -63,3 +82,7 @@ class Builder:
         return node
 
 
+
+
+def _plain(value: Any) -> Any:
+    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value

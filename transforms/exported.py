@@ -84,8 +84,8 @@ def lift(program: Program) -> ExportedProgram:
     samples = tuple(program.samples[node.name] for node in users)
     count = len([o for o in outputs if o.kind is OutputKind.USER_OUTPUT])
     root = nn.Module()
-    state = dict(program.named_weights())
-    return ExportedProgram(
+    state = {str(s.target): program.weight(str(s.target)) for s in specs if s.target}
+    exported = ExportedProgram(
         root=root,
         graph=graph,
         graph_signature=ExportGraphSignature(specs, outputs),
@@ -96,25 +96,39 @@ def lift(program: Program) -> ExportedProgram:
         constants={},
         verifiers=[torch._export.verifier.load_verifier("TRAINING")],
     )
+    return _without_guards(exported)
+
+
+def decompose(exported: ExportedProgram, table: dict[Any, Callable[..., Any]]) -> ExportedProgram:
+    """Replace the given operators by what their functions compute."""
+    return _without_guards(exported.run_decompositions(table))
+
+
+def _without_guards(exported: ExportedProgram) -> ExportedProgram:
+    """Drop guards that speak of the captured wrapper's arguments; range constraints say the same."""
+    exported._guards_code = []
+    return exported
 
 
 def _lift_weights(program: Program, graph: fx.Graph) -> Iterator[InputSpec]:
+    """Turn each distinct weight into one placeholder; tied weights become one."""
     first = next(iter(graph.nodes))
-    seen: dict[str, fx.Node] = {}
+    seen: dict[Any, fx.Node] = {}
     for node in [n for n in graph.nodes if n.op == "get_attr"]:
         name = str(node.target)
-        if name not in seen:
-            value = program.weight(name)
+        value = program.weight(name)
+        key = weights.key(value) if value.numel() else name
+        if key not in seen:
             parameter = isinstance(value, nn.Parameter)
             with graph.inserting_before(first):
                 lifted = graph.placeholder(("p_" if parameter else "b_") + name.replace(".", "_"))
             lifted.meta = {**node.meta, "lifted": True}
-            seen[name] = lifted
+            seen[key] = lifted
             kind = InputKind.PARAMETER if parameter else InputKind.BUFFER
             yield InputSpec(
                 kind, TensorArgument(lifted.name), name, persistent=None if parameter else True
             )
-        node.replace_all_uses_with(seen[name])
+        node.replace_all_uses_with(seen[key])
         graph.erase_node(node)
 
 

@@ -114,7 +114,7 @@ def _replace(
 
 def replace_node(program: Program, old: fx.Node, new: fx.Node, pass_name: str = "") -> None:
     """Put `new` in the place of `old`: uses, provenance and name (so that ledgers line up)."""
-    old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+    old.replace_all_uses_with(new)
     inherit(new, old, pass_name)
     if not old.users:
         program.graph.erase_node(old)

@@ -1,0 +1,84 @@
+"""An ONNX model on disk, executed with onnxruntime."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+
+from resplice.artifact import Artifact
+from resplice.errors import InputError, LoweringError
+
+
+@dataclass
+class OnnxArtifact(Artifact):
+    """A `.onnx` file, with the files of further functions beside it.
+
+    Attributes:
+        threads: onnxruntime's threads; 0 leaves it to onnxruntime.
+    """
+
+    threads: int = 0
+    _sessions: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def open(cls, path: str | Path, *, bar: float = 1e-4, threads: int = 0) -> OnnxArtifact:
+        """Open an existing model."""
+        return cls(Path(path), bar, threads=threads)
+
+    def run(
+        self, inputs: Mapping[str, torch.Tensor], *, function: str = "main"
+    ) -> dict[str, torch.Tensor]:
+        """Execute on named inputs.
+
+        Raises:
+            InputError: onnxruntime refuses the inputs.
+        """
+        session = self.session(function)
+        wanted = [item.name for item in session.get_inputs()]
+        missing = [name for name in wanted if name not in inputs]
+        if missing:
+            raise InputError(f"input {', '.join(missing)} is missing", where=str(self.path))
+        feed = {name: inputs[name].detach().cpu().contiguous().numpy() for name in wanted}
+        try:
+            results = session.run(None, feed)
+        except Exception as error:
+            raise InputError(f"onnxruntime: {error}", where=str(self.path)) from error
+        names = [item.name for item in session.get_outputs()]
+        return {name: torch.from_numpy(np.asarray(r)) for name, r in zip(names, results, strict=True)}
+
+    def session(self, function: str = "main") -> Any:
+        """The onnxruntime session of one function, made on first use.
+
+        Raises:
+            LoweringError: onnxruntime does not accept the model.
+        """
+        if function not in self._sessions:
+            name = self.path.name if function == "main" else f"{self.path.stem}.{function}{self.path.suffix}"
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 3
+            options.intra_op_num_threads = self.threads
+            try:
+                self._sessions[function] = onnxruntime.InferenceSession(
+                    self.path.with_name(name), options, providers=["CPUExecutionProvider"]
+                )
+            except Exception as error:
+                raise LoweringError("onnx", [f"onnxruntime refuses the model: {error}"]) from error
+        return self._sessions[function]
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        """What resplice stored in the model: pipeline text, facts, dims, signature."""
+        stored = self.session().get_modelmeta().custom_metadata_map
+        return {
+            key.removeprefix("resplice."): json.loads(value)
+            for key, value in stored.items()
+            if key.startswith("resplice.")
+        }

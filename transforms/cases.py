@@ -1,0 +1,116 @@
+"""Fresh random inputs for a program, at the captured size and at another one.
+
+Integer inputs stay within the range of the sample (token ids), masks stay masks, and floats are
+drawn like the sample (same mean and spread).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from resplice.dims import expression
+from resplice.program import Program
+
+
+def fresh_inputs(program: Program, *, seed: int = 0, second_size: bool = False) -> dict[str, torch.Tensor]:
+    """Draw inputs.
+
+    Args:
+        program: The program.
+        seed: Seed of the draw.
+        second_size: Use another size on every dynamic dimension, within its bounds.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sizes = _sizes(program, second_size)
+    drawn = {}
+    for node in program.placeholders:
+        shape = [int(expression(s).subs(sizes)) for s in node.meta["val"].shape]
+        drawn[node.name] = _draw(program.samples[node.name], shape, generator)
+    return drawn
+
+
+def fresh_cases(program: Program, *, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    """One case at the captured size and, for a dynamic program, one at a second size."""
+    cases = [fresh_inputs(program, seed=seed)]
+    if program.dims:
+        cases.append(fresh_inputs(program, seed=seed + 1, second_size=True))
+    return cases
+
+
+def _sizes(program: Program, second: bool) -> dict[object, int]:
+    """Value of every free shape symbol."""
+    found: dict[object, int] = {}
+    for node in program.placeholders:
+        sample = program.samples[node.name]
+        for size, actual in zip(node.meta["val"].shape, sample.shape, strict=True):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                found[size.node.expr] = actual
+    for symbol in [s for s in _all_symbols(program) if s not in found]:
+        found[symbol] = _solved(program, symbol)
+    if second:
+        found = {symbol: _other(program, str(symbol), value) for symbol, value in found.items()}
+    return found
+
+
+def _all_symbols(program: Program) -> set[object]:
+    sizes = [s for n in program.placeholders for s in n.meta["val"].shape if isinstance(s, torch.SymInt)]
+    return {symbol for size in sizes for symbol in size.node.expr.free_symbols}
+
+
+def _solved(program: Program, symbol: object) -> int:
+    """A symbol that stands in expressions only (h = 2*_h): solve for it."""
+    import sympy
+
+    for node in program.placeholders:
+        for size, actual in zip(node.meta["val"].shape, program.samples[node.name].shape, strict=True):
+            if isinstance(size, torch.SymInt) and size.node.expr.free_symbols == {symbol}:
+                return int(sympy.solve(size.node.expr - actual, symbol)[0])
+    return 2
+
+
+def _other(program: Program, symbol: str, value: int) -> int:
+    dim = program.dims.get(program.symbols.get(symbol, ""))
+    low, high = (dim.min, dim.max) if dim else (2, None)
+    up = value + max(1, value // 2)
+    if high is None or up <= high:
+        return up
+    return max(low, value - max(1, value // 3))
+
+
+def _draw(sample: torch.Tensor, shape: list[int], generator: torch.Generator) -> torch.Tensor:
+    if sample.dtype == torch.bool or _is_mask(sample):
+        return _mask(sample, shape)
+    if not sample.is_floating_point():
+        low, high = int(sample.min()), int(sample.max()) + 1
+        if _is_counting(sample):
+            return _resized(sample, shape)
+        return torch.randint(low, max(high, low + 1), shape, generator=generator, dtype=sample.dtype)
+    wide = sample.float()
+    spread = float(wide.std()) if sample.numel() > 1 else abs(float(wide.mean())) * 0.3
+    drawn = torch.randn(shape, generator=generator) * (spread or 1.0) + float(wide.mean())
+    return drawn.to(sample.dtype)
+
+
+def _is_mask(sample: torch.Tensor) -> bool:
+    return not sample.is_floating_point() and bool(((sample == 0) | (sample == 1)).all()) and sample.dim() > 1
+
+
+def _is_counting(sample: torch.Tensor) -> bool:
+    """Positions 0, 1, 2, ... along the last axis must keep counting."""
+    size = sample.shape[-1] if sample.dim() else 0
+    return size > 2 and torch.equal(sample.long(), torch.arange(size).expand(sample.shape))
+
+
+def _mask(sample: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    """Repeat the sample's last value outwards, so that a padded mask stays a padded mask."""
+    return _resized(sample, shape)
+
+
+def _resized(sample: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    if _is_counting(sample):
+        return torch.arange(shape[-1], dtype=sample.dtype).expand(shape).clone()
+    result = sample
+    for axis, size in enumerate(shape):
+        index = torch.arange(size).clamp(max=sample.shape[axis] - 1)
+        result = result.index_select(axis, index)
+    return result

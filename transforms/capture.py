@@ -26,7 +26,7 @@ from resplice import repairs, weights
 from resplice.calling import CallSpec, Leaf, describe, describe_call
 from resplice.dims import Dim, DynamicShapes, per_axis
 from resplice.errors import CaptureError, InputError, UsageError
-from resplice.exported import unlift
+from resplice.exported import functional, unlift
 from resplice.facts import Facts, FloatWeights
 from resplice.program import Program
 
@@ -143,7 +143,7 @@ def _export(
     for _ in range(3):
         try:
             exported = torch.export.export(flat, tensors, dynamic_shapes=shapes, strict=False)
-            return _functional(exported)
+            return functional(exported)
         except torch._dynamo.exc.UserError as error:
             shapes = _refine(error, shapes)
         except (InputError, CaptureError):
@@ -168,22 +168,6 @@ def _refine(error: torch._dynamo.exc.UserError, shapes: Any) -> Any:
             "so capture with at least 2",
         ) from error
     return refine_dynamic_shapes_from_suggested_fixes(text, shapes)
-
-
-def _functional(exported: ExportedProgram) -> ExportedProgram:
-    """Inline wrapped regions and turn in-place writes into values, only where there are any."""
-    for node in exported.graph.nodes:
-        target = node.target
-        wrapped = isinstance(target, torch._ops.HigherOrderOperator)
-        writes = isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
-        if wrapped or writes or _updates_statistics(node):
-            return exported.run_decompositions({})
-    return exported
-
-
-def _updates_statistics(node: fx.Node) -> bool:
-    """Training-mode batch norm updates its running statistics though its schema hides it."""
-    return node.target is aten.batch_norm.default and bool(node.args[5])
 
 
 def _explain(error: Exception, flat: _Flat | None) -> CaptureError:

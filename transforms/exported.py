@@ -6,7 +6,8 @@ trailing `copy_`); `lift` goes back, for saving as `.pt2` and for exporters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from resplice import weights
 from resplice.errors import CaptureError
+from resplice.infer import fake_of
 from resplice.origin import where
 from resplice.program import Program, copy_graph
 
@@ -59,32 +61,53 @@ def unlift(
     placeholders = [node for node in old.nodes if node.op == "placeholder"]
     for node in (n for n in placeholders if specs[n.name].kind is InputKind.USER_INPUT):
         mapped[node] = graph.placeholder(next(names))
-    for node in (n for n in placeholders if n not in mapped):
-        name = rename(str(specs[node.name].target))
-        value = _tensor_of(exported, specs[node.name])
-        if not weights.has(root, name):
-            weights.put(root, name, weights.frozen_view(value))
-        mapped[node] = graph.get_attr(name)
+        mapped[node].name = str(mapped[node].target)
+
+    def value_of(node: fx.Node) -> fx.Node:
+        """The new node; a weight is read right before its first use."""
+        if node not in mapped:
+            name = rename(str(specs[node.name].target))
+            if not weights.has(root, name):
+                weights.put(root, name, weights.frozen_view(_tensor_of(exported, specs[node.name])))
+            mapped[node] = graph.get_attr(name)
+        return mapped[node]
+
     for node in old.nodes:
         if node.op not in ("placeholder", "output"):
-            mapped[node] = graph.node_copy(node, lambda n: mapped[n])
+            mapped[node] = graph.node_copy(node, value_of)
+    for value in old.output_node().args[0]:  # type: ignore[union-attr]  # a tuple
+        if isinstance(value, fx.Node):
+            value_of(value)
+    for spec in exported.graph_signature.output_specs:
+        if spec.kind in _MUTATIONS:
+            value_of(next(n for n in placeholders if _names(specs[n.name], str(spec.target))))
     for node, new in mapped.items():
         new.meta = dict(node.meta)
     _emit_outputs(exported, graph, mapped, rename)
+    for node in reversed(list(graph.nodes)):
+        if node.target is operator.getitem and not node.users:
+            graph.erase_node(node)
     return fx.GraphModule(root, graph)
 
 
-def lift(program: Program) -> ExportedProgram:
-    """The program as an ExportedProgram (training dialect), ready to save or to export."""
+def lift(program: Program, *, extra: Mapping[str, torch.Tensor] | None = None) -> ExportedProgram:
+    """The program as an ExportedProgram (training dialect), ready to save or to export.
+
+    Args:
+        program: What to lift.
+        extra: Further weights to carry along, which the graph does not read.
+    """
     graph = copy_graph(program.graph)
     specs = list(_lift_weights(program, graph))
+    specs += _extra_specs(program, graph, extra or {})
     users = [n for n in graph.nodes if n.op == "placeholder" and not n.meta.pop("lifted", False)]
     specs += [InputSpec(InputKind.USER_INPUT, TensorArgument(n.name), None) for n in users]
     outputs = _lift_outputs(graph, {s.arg.name: s for s in specs})
     samples = tuple(program.samples[node.name] for node in users)
     count = len([o for o in outputs if o.kind is OutputKind.USER_OUTPUT])
     root = nn.Module()
-    state = {str(s.target): program.weight(str(s.target)) for s in specs if s.target}
+    own = {str(s.target) for s in specs if s.target} - set(extra or {})
+    state = {**{name: program.weight(name) for name in own}, **(extra or {})}
     exported = ExportedProgram(
         root=root,
         graph=graph,
@@ -97,6 +120,22 @@ def lift(program: Program) -> ExportedProgram:
         verifiers=[torch._export.verifier.load_verifier("TRAINING")],
     )
     return _without_guards(exported)
+
+
+def functional(exported: ExportedProgram) -> ExportedProgram:
+    """Inline wrapped regions and turn in-place writes into values, only where there are any."""
+    for node in exported.graph.nodes:
+        target = node.target
+        wrapped = isinstance(target, torch._ops.HigherOrderOperator)
+        writes = isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+        if wrapped or writes or _updates_statistics(node):
+            return exported.run_decompositions({})
+    return exported
+
+
+def _updates_statistics(node: fx.Node) -> bool:
+    """Training-mode batch norm updates its running statistics though its schema hides it."""
+    return node.target is aten.batch_norm.default and bool(node.args[5])
 
 
 def decompose(exported: ExportedProgram, table: dict[Any, Callable[..., Any]]) -> ExportedProgram:
@@ -130,6 +169,57 @@ def _lift_weights(program: Program, graph: fx.Graph) -> Iterator[InputSpec]:
             )
         node.replace_all_uses_with(seen[key])
         graph.erase_node(node)
+
+
+def _extra_specs(
+    program: Program, graph: fx.Graph, extra: Mapping[str, torch.Tensor]
+) -> Iterator[InputSpec]:
+    first = next(n for n in graph.nodes if not n.meta.get("lifted"))
+    for name, value in extra.items():
+        with graph.inserting_before(first):
+            node = graph.placeholder("b_" + name.replace(".", "_"))
+        node.meta = {"val": fake_of(program.fake_mode, value), "lifted": True}
+        yield InputSpec(InputKind.BUFFER, TensorArgument(node.name), name, persistent=True)
+
+
+def lift_open(program: Program) -> tuple[ExportedProgram, list[str]]:
+    """The program with its weights as inputs, before its own inputs; and the weights' names."""
+    graph = copy_graph(program.graph)
+    names = [str(spec.target) for spec in _lift_weights(program, graph)]
+    nodes = [node for node in graph.nodes if node.op == "placeholder"]
+    specs = [InputSpec(InputKind.USER_INPUT, TensorArgument(n.name), None) for n in nodes]
+    outputs = _lift_outputs(graph, {s.arg.name: s for s in specs})
+    values = tuple(n.meta["val"] for n in nodes)
+    count = len([o for o in outputs if o.kind is OutputKind.USER_OUTPUT])
+    exported = ExportedProgram(
+        root=nn.Module(),
+        graph=graph,
+        graph_signature=ExportGraphSignature(specs, outputs),
+        state_dict={},
+        range_constraints=_ranges(program),
+        module_call_graph=[ModuleCallEntry("", _call_signature(values, count))],
+        constants={},
+        verifiers=[torch._export.verifier.load_verifier("TRAINING")],
+    )
+    return _without_guards(exported), names
+
+
+def close(
+    exported: ExportedProgram, input_names: tuple[str, ...], weight_names: list[str], main: Program
+) -> fx.GraphModule:
+    """Inverse of `lift_open`: bind the weight inputs to the weights of `main`."""
+    hidden = tuple(f"weight_input_{i}" for i in range(len(weight_names)))
+    module = unlift(exported, (*hidden, *input_names))
+    by_name = {n.name: n for n in module.graph.nodes if n.op == "placeholder"}
+    for old, name in zip(hidden, weight_names, strict=True):
+        weights.put(module, name, main.weight(name))
+        with module.graph.inserting_before(min(by_name[old].users)):
+            new = module.graph.get_attr(name)
+        new.meta = dict(by_name[old].meta)
+        by_name[old].replace_all_uses_with(new)
+        module.graph.erase_node(by_name[old])
+    module.recompile()
+    return module
 
 
 def _lift_outputs(graph: fx.Graph, inputs: dict[str, InputSpec]) -> list[OutputSpec]:
@@ -199,6 +289,10 @@ def _emit_outputs(
         elif isinstance(value, fx.Node):
             results.append(mapped[value])
     graph.output(tuple(results))
+
+
+def _names(spec: InputSpec, target: str) -> bool:
+    return target in (spec.target, spec.arg.name)
 
 
 def _refuse_unsupported(exported: ExportedProgram) -> None:

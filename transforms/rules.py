@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
+from resplice import weights
 from resplice.build import Builder
 from resplice.change import Change, RuleStats, Site
 from resplice.context import Context
@@ -103,11 +104,12 @@ def _replace(
 ) -> list[fx.Node]:
     build = Builder(program, found.root, pass_name)
     before = show_nodes(program, sorted(found.nodes))
+    constants = {n for node in found.nodes for n in node.all_input_nodes if n.op == "get_attr"}
     result = rule.rewrite(found, build)
     new, metrics = result if isinstance(result, tuple) else (result, {})
     made_at, name = origin(found.root), found.root.name
     replace_node(program, found.root, new, pass_name)
-    erase_dead(program, found.nodes)
+    erase_dead(program, [*found.nodes, *constants])
     change.sites.append(Site(name, made_at, before, show_nodes(program, build.made), metrics))
     return build.made
 
@@ -123,7 +125,15 @@ def replace_node(program: Program, old: fx.Node, new: fx.Node, pass_name: str = 
 
 
 def erase_dead(program: Program, nodes: Sequence[fx.Node]) -> None:
-    """Erase the given nodes, users first, where nothing uses them any more."""
+    """Erase the given nodes, users first, where nothing uses them any more.
+
+    A weight read by no node afterwards is released at once, so that replacing weights one by one
+    never holds two copies of the model.
+    """
     for node in sorted((n for n in nodes if not n._erased), reverse=True):
-        if not node.users and node.op != "placeholder":
-            program.graph.erase_node(node)
+        if node.users or node.op in ("placeholder", "output"):
+            continue
+        program.graph.erase_node(node)
+        readers = program.graph.find_nodes(op="get_attr") if node.op == "get_attr" else []
+        if node.op == "get_attr" and not any(n.target == node.target for n in readers):
+            weights.drop(program.module, str(node.target))

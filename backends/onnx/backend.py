@@ -36,6 +36,7 @@ class OnnxBackend:
     """
 
     name = "onnx"
+    options = OnnxOptions
 
     def lower(
         self, program: Program, path: str | Path, options: OnnxOptions | None = None, *, check: bool = True

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -92,7 +92,7 @@ def capture(
     copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     structures: list[Any] = []
     flat = _Flat(model, sample, structures.append)
-    with torch.no_grad(), repairs.applied(model, enabled=repair) as applied:
+    with torch.no_grad(), repairs.applied(model, enabled=repair) as effective:
         exported = _export(flat, tuple(copies.values()), dims)
     names = {
         f"{_INNER}.{name}": name for name, _ in weights.named(model)
@@ -106,7 +106,7 @@ def capture(
         call=CallSpec(parameters, leaves, structures[-1]),
         samples=copies,
         facts=Facts(FloatWeights()) if _all_float(module) else Facts(),
-        metadata={"repairs": list(applied)} if applied else {},
+        metadata={"repairs": effective} if effective else {},
         training=model.training,
     )
     _name_symbols(program, dims)
@@ -139,27 +139,33 @@ class _Flat(nn.Module):
 def _export(
     flat: _Flat, tensors: tuple[torch.Tensor, ...], dims: Mapping[str, Mapping[int, Dim]]
 ) -> ExportedProgram:
-    shapes: Any = (tuple(_torch_dims(axes) for axes in dims.values()),)
-    for _ in range(3):
+    """Export with named dims; if torch can't prove their relations, with independent ones.
+
+    The second way keeps every dim dynamic as well, but equal names are then equal by contract.
+    """
+    shapes: Any = tuple(_torch_dims(axes, named=True) for axes in dims.values())
+    for _ in range(4):
         try:
-            exported = torch.export.export(flat, tensors, dynamic_shapes=shapes, strict=False)
+            exported = torch.export.export(flat, tensors, dynamic_shapes=(shapes,), strict=False)
             return functional(exported)
         except torch._dynamo.exc.UserError as error:
-            shapes = _refine(error, shapes)
+            shapes = _refined(error, shapes, dims)
         except (InputError, CaptureError):
             raise
         except Exception as error:
-            raise _explain(error, flat) from error
+            raise _explain(error) from error
     raise CaptureError("torch.export keeps suggesting new dynamic dimensions")
 
 
-def _refine(error: torch._dynamo.exc.UserError, shapes: Any) -> Any:
-    """Adopt derived sizes (`h = 2*_h`) that torch proved necessary; refuse fixed ones."""
+def _refined(
+    error: torch._dynamo.exc.UserError, shapes: Any, dims: Mapping[str, Mapping[int, Dim]]
+) -> Any:
+    """Adopt derived sizes (`h = 2*_h`) that torch found necessary; refuse fixed ones."""
     text = str(error)
-    if "Suggested fixes" not in text:
-        raise _explain(error, None) from error
-    fixed = [line.strip() for line in text.split("Suggested fixes:")[-1].splitlines()
-             if "=" in line and line.split("=")[-1].strip().isdigit()]
+    if "Constraints violated" not in text and "Suggested fixes" not in text:
+        raise _explain(error) from error
+    fixes = [line.strip() for line in text.split("Suggested fixes:")[-1].splitlines() if "=" in line]
+    fixed = [line for line in fixes if line.split("=")[-1].strip().isdigit()]
     if fixed:
         raise CaptureError(
             f"the model can't keep these dimensions dynamic: {'; '.join(fixed)}",
@@ -167,10 +173,19 @@ def _refine(error: torch._dynamo.exc.UserError, shapes: Any) -> Any:
             hint="leave them out of dynamic_shapes; a sample size of 1 also fixes a dimension, "
             "so capture with at least 2",
         ) from error
-    return refine_dynamic_shapes_from_suggested_fixes(text, shapes)
+    try:
+        refined = refine_dynamic_shapes_from_suggested_fixes(text, (shapes,))[0]
+    except Exception:  # torch raises many kinds when it can't read its own advice
+        refined = shapes
+    independent = tuple(_torch_dims(axes, named=False) for axes in dims.values())
+    if refined != shapes:
+        return refined
+    if shapes == independent:
+        raise _explain(error) from error
+    return independent
 
 
-def _explain(error: Exception, flat: _Flat | None) -> CaptureError:
+def _explain(error: Exception) -> CaptureError:
     """Turn an export failure into one sentence, the user's source line and a next step."""
     text = str(error).strip()
     line = _user_line(error)
@@ -199,12 +214,16 @@ def _first_reason(text: str) -> str:
     return reasons[0] if reasons else ""
 
 
-def _torch_dims(axes: Mapping[int, Dim]) -> dict[int, Any] | None:
-    return {axis: _torch_dim(dim) for axis, dim in axes.items()} or None
+def _torch_dims(axes: Mapping[int, Dim], *, named: bool) -> dict[int, Any] | None:
+    return {axis: _torch_dim(dim, named) for axis, dim in axes.items()} or None
 
 
-def _torch_dim(dim: Dim) -> Any:
-    return torch.export.Dim(dim.name, min=dim.min, max=dim.max)
+def _torch_dim(dim: Dim, named: bool) -> Any:
+    if not named:
+        top = None if dim.max is None else dim.max * dim.factor
+        return torch.export.Dim.DYNAMIC(min=dim.min * dim.factor, max=top)
+    base = torch.export.Dim(dim.name, min=dim.min, max=dim.max)
+    return base if dim.factor == 1 else dim.factor * base
 
 
 def _named_dims(
@@ -222,8 +241,9 @@ def _named_dims(
         for axis, dim in axes.items():
             if not -tensors[name].dim() <= axis < tensors[name].dim():
                 raise UsageError(f"dynamic_shapes: {name} has no axis {axis}")
-            if bounds.setdefault(dim.name, dim) != dim:
-                raise UsageError(f"dimension {dim.name} has two bounds: {bounds[dim.name]}, {dim}")
+            base = replace(dim, factor=1)
+            if bounds.setdefault(dim.name, base) != base:
+                raise UsageError(f"dimension {dim.name} has two bounds: {bounds[dim.name]}, {base}")
     return dims
 
 
@@ -234,7 +254,7 @@ def _name_symbols(program: Program, dims: Mapping[str, Mapping[int, Dim]]) -> No
             size = node.meta["val"].shape[axis]
             if not isinstance(size, torch.SymInt):
                 raise CaptureError(f"dimension {dim.name} of {node.name} was fixed to {size}")
-            program.dims[dim.name] = dim
+            program.dims[dim.name] = replace(dim, factor=1)
             symbols = size.node.expr.free_symbols
             if len(symbols) == 1:
                 program.symbols.setdefault(str(next(iter(symbols))), dim.name)

@@ -16,20 +16,28 @@ import torch
 from resplice.errors import UsageError
 
 Size = int | str
-_TEXT = re.compile(r"^\s*([A-Za-z_]\w*)\s*(?:=\s*(\d*)\s*:\s*(\d*)\s*)?$")
+_TEXT = re.compile(r"^\s*(?:(\d+)\s*\*\s*)?([A-Za-z_]\w*)\s*(?:=\s*(\d*)\s*:\s*(\d*)\s*)?$")
 
 
 @dataclass(frozen=True)
 class Dim:
-    """A named dynamic dimension and its inclusive bounds (None: unbounded above)."""
+    """A named dynamic dimension.
+
+    Attributes:
+        name: One name is one size everywhere.
+        min: Inclusive lower bound.
+        max: Inclusive upper bound; None: unbounded.
+        factor: The axis is always this many times the named size ("2*rows").
+    """
 
     name: str
     min: int = 2
     max: int | None = None
+    factor: int = 1
 
     @classmethod
     def parse(cls, value: object) -> Dim:
-        """Read `"seq"`, `"seq=2:2048"`, a `torch.export.Dim` or a `Dim`.
+        """Read `"seq"`, `"seq=2:2048"`, `"2*rows"`, a `torch.export.Dim` or a `Dim`.
 
         Raises:
             UsageError: The value names no dimension.
@@ -37,8 +45,9 @@ class Dim:
         if isinstance(value, cls):
             return value
         if isinstance(value, str) and (found := _TEXT.match(value)):
-            name, low, high = found.groups()
-            return cls(name, int(low) if low else 2, int(high) if high else None)
+            factor, name, low, high = found.groups()
+            bounds = int(low) if low else 2, int(high) if high else None
+            return cls(name, *bounds, factor=int(factor or 1))
         name = getattr(value, "__name__", None)
         if not name:
             raise UsageError(
@@ -51,9 +60,10 @@ class Dim:
 
     def __str__(self) -> str:
         """Print back the text form."""
+        name = self.name if self.factor == 1 else f"{self.factor}*{self.name}"
         if (self.min, self.max) == (2, None):
-            return self.name
-        return f"{self.name}={self.min}:{'' if self.max is None else self.max}"
+            return name
+        return f"{name}={self.min}:{'' if self.max is None else self.max}"
 
 
 DynamicShapes = Mapping[str, Mapping[int, Any] | Sequence[Any] | None]

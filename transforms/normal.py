@@ -78,12 +78,12 @@ def _drop_dropout(program: Program, node: fx.Node) -> fx.Node | None:
 def _drop_slice(program: Program, node: fx.Node) -> fx.Node | None:
     if node.target is not aten.slice.Tensor:
         return None
-    return _unless_returned(node, node.args[0]) if _same_shape(node, node.args[0]) else None
+    return _unless_returned(node, node.args[0]) if same_shape(node.meta["val"], node.args[0].meta["val"]) else None
 
 
 def _drop_expand(program: Program, node: fx.Node) -> fx.Node | None:
     shapely = node.target in (aten.expand.default, aten.reshape.default, *_VIEWS)
-    return _unless_returned(node, node.args[0]) if shapely and _same_shape(node, node.args[0]) else None
+    return _unless_returned(node, node.args[0]) if shapely and same_shape(node.meta["val"], node.args[0].meta["val"]) else None
 
 
 def _drop_neutral(program: Program, node: fx.Node) -> fx.Node | None:
@@ -103,6 +103,18 @@ def _view_is_reshape(program: Program, node: fx.Node) -> fx.Node | None:
     return _insert(program, node, aten.reshape.default, node.args[0], node.args[1])
 
 
+def _copy_is_expand(program: Program, node: fx.Node) -> fx.Node | None:
+    """`copy(target, x)`, left by functionalised writes, is `x` in the target's dtype and shape."""
+    if node.target is not aten.copy.default or not isinstance(node.args[1], fx.Node):
+        return None
+    source = node.args[1]
+    if _dtype(source) != _dtype(node):
+        source = _insert(program, node, aten.to.dtype, source, _dtype(node))
+    if same_shape(source.meta["val"], node.meta["val"]):
+        return _unless_returned(node, source)
+    return _insert(program, node, aten.expand_as.default, source, node.args[0])
+
+
 def _slice_to_the_end(program: Program, node: fx.Node) -> fx.Node | None:
     """`slice(x, d, s, size)` -> `slice(x, d, s, end)`; negative static bounds become positive."""
     if node.target is not aten.slice.Tensor:
@@ -117,7 +129,7 @@ def _slice_to_the_end(program: Program, node: fx.Node) -> fx.Node | None:
 
 _RULES: tuple[Rule, ...] = (
     _drop_cast, _drop_copy, _drop_dropout, _drop_slice, _drop_expand, _drop_neutral,
-    _view_is_reshape, _slice_to_the_end,
+    _copy_is_expand, _view_is_reshape, _slice_to_the_end,
 )  # fmt: skip
 
 
@@ -191,7 +203,3 @@ def _unless_returned(node: fx.Node, source: Any) -> fx.Node | None:
 
 def _dtype(node: Any) -> torch.dtype:
     return node.meta["val"].dtype  # type: ignore[no-any-return]  # fake tensors are untyped here
-
-
-def _same_shape(a: fx.Node, b: Any) -> bool:
-    return same_shape(a.meta["val"], b.meta["val"])

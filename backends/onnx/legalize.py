@@ -1,3 +1,137 @@
-"""placeholder until rules land"""
+"""Rewrites that make the ONNX translation of ATen mean what PyTorch means.
+
+Each rule is exact in PyTorch and looks at operators, ranks and dtypes only. They run last, right
+before the export, so they never disturb a pass's patterns. A rule returns the node that takes the
+place of the one it was given, or None.
+"""
+
 from __future__ import annotations
-def legalize(draft): return {}
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from resplice.build import Builder
+from resplice.pattern import argument
+from resplice.program import Program
+from resplice.rules import replace_node
+
+aten = torch.ops.aten
+Legalizer = Callable[[Builder, fx.Node], fx.Node | None]
+
+
+def legalize(program: Program) -> dict[str, int]:
+    """Apply every rule once, in graph order; rewrites counted per rule."""
+    counts = dict.fromkeys((rule.__name__ for rule in RULES), 0)
+    for node in list(program.graph.nodes):
+        if node.op != "call_function":
+            continue
+        for rule in RULES:
+            new = rule(Builder(program, node), node)
+            if new is not None:
+                counts[rule.__name__] += 1
+                replace_node(program, node, new)
+                break
+    return counts
+
+
+def drop_idle_squeeze(build: Builder, node: fx.Node) -> fx.Node | None:
+    """squeeze(x: [b,n,c], 1): [b,n,c] -> x;  squeeze(x: [b,1,n], [0,1]): [b,n] -> squeeze(x, [1]).
+
+    PyTorch leaves an axis alone unless its size is 1; ONNX `Squeeze` fails on it. Capture has
+    already decided each case, and the answer is in the ranks.
+    """
+    if node.target not in (aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default):
+        return None
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    before, after = source.meta["val"], node.meta["val"]
+    axes = _squeezed_axes(node, before.dim())
+    removed = [axis for axis in axes if statically_known_true(before.shape[axis] == 1)]
+    if len(removed) != before.dim() - after.dim() or removed == axes:
+        return None
+    return build(aten.squeeze.dims, source, removed) if removed else source
+
+
+def _squeezed_axes(node: fx.Node, rank: int) -> list[int]:
+    if node.target is aten.squeeze.default:
+        return list(range(rank))
+    asked: Any = node.args[1] if isinstance(node.args[1], list | tuple) else [node.args[1]]
+    return sorted({axis % rank for axis in asked}) if rank else []
+
+
+def select_booleans_by_logic(build: Builder, node: fx.Node) -> fx.Node | None:
+    """where(c, a, b) of booleans -> (c & a) | (~c & b);  masked_fill alike.
+
+    ONNX allows booleans in `Where`; onnxruntime has no kernel for them.
+    """
+    if node.target is aten.where.self:
+        mask, chosen, other = node.args
+    elif node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        other, mask, chosen = node.args
+    else:
+        return None
+    scalar = isinstance(chosen, bool | int | float)
+    if not _is_bool(node) or not _is_bool(other) or not (scalar or _is_bool(chosen)):
+        return None
+    if scalar and chosen:
+        return build(aten.logical_or.default, other, mask)
+    kept = build(aten.logical_and.default, other, build(aten.logical_not.default, mask))
+    if scalar:
+        return kept
+    return build(aten.logical_or.default, build(aten.logical_and.default, chosen, mask), kept)
+
+
+def zero_unattended_rows(build: Builder, node: fx.Node) -> fx.Node | None:
+    """sdpa(q, k, v, mask) -> masked_fill(sdpa(q, k, v, mask), ~any(mask, -1), 0).
+
+    PyTorch defines attention over no key as zero. The ONNX translation takes the softmax of the
+    masked row instead: the mean of all values for a boolean mask, NaN for one of -inf. Padding on
+    the left of a causal model makes such rows.
+    """
+    if node.target is not aten.scaled_dot_product_attention.default:
+        return None
+    mask = argument(node, "attn_mask")
+    if not isinstance(mask, fx.Node):
+        return None
+    open_keys = mask if _is_bool(mask) else build.shared(aten.ne.Scalar, mask, float("-inf"))
+    closed = build.shared(aten.logical_not.default, build.shared(aten.any.dim, open_keys, -1, True))
+    attention = build(node.target, *node.args, **node.kwargs)
+    return build(aten.masked_fill.Scalar, attention, closed, 0.0)
+
+
+def repeat_by_expanding(build: Builder, node: fx.Node) -> fx.Node | None:
+    """repeat_interleave(x: [a,b], n, 1) -> flatten(expand(unsqueeze(x, 2), [-1,-1,n]), 1, 2).
+
+    For a symbolic number of repeats the exporter expands the axis before the one it inserted.
+    """
+    if node.target is not aten.repeat_interleave.self_int or not isinstance(node.args[1], fx.Node):
+        return None
+    source, repeats, axis = node.args[0], node.args[1], argument(node, "dim")
+    assert isinstance(source, fx.Node)
+    if axis is None:
+        source, axis = build(aten.flatten.using_ints, source), 0
+    rank = source.meta["val"].dim()
+    axis = axis % max(rank, 1)
+    sizes: list[Any] = [-1] * (rank + 1)
+    sizes[axis + 1] = repeats
+    spread = build(aten.expand.default, build(aten.unsqueeze.default, source, axis + 1), sizes)
+    return build(aten.flatten.using_ints, spread, axis, axis + 1)
+
+
+RULES: tuple[Legalizer, ...] = (
+    drop_idle_squeeze,
+    select_booleans_by_logic,
+    zero_unattended_rows,
+    repeat_by_expanding,
+)
+
+
+def _is_bool(value: Any) -> bool:
+    if isinstance(value, fx.Node):
+        found = value.meta["val"]
+        return isinstance(found, torch.Tensor) and found.dtype == torch.bool
+    return isinstance(value, bool)

@@ -14,6 +14,7 @@ from resplice.backends.onnx.legalize import legalize
 from resplice.backends.onnx.options import OnnxOptions
 from resplice.errors import LoweringError
 from resplice.exported import decompose, lift
+from resplice.normal import normalize
 from resplice.ops import Op, find_op
 from resplice.origin import where
 from resplice.program import Program
@@ -32,6 +33,7 @@ def lower_program(program: Program, options: OnnxOptions) -> tuple[ExportedProgr
     """
     _refuse_effects(program)
     draft = program.copy()
+    normalize(draft)
     notes, composite = _lower_ops(draft, options)
     legalized = legalize(draft)
     draft.drop_unused_weights()

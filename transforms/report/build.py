@@ -86,7 +86,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The whole report, JSON-able."""
-        return {"schema": SCHEMA, "environment": environment(), **_clean(asdict(self))}
+        return {"schema": SCHEMA, "environment": environment(), **jsonable(asdict(self))}
 
     def save(self, folder: str | Path) -> Path:
         """Write `report.json` and, if jinja2 and matplotlib are installed, `report.html`.
@@ -152,12 +152,12 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _clean(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
     """JSON has no infinity, NaN or dataclasses."""
     if isinstance(value, dict):
-        return {str(key): _clean(item) for key, item in value.items()}
+        return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_clean(item) for item in value]
+        return [jsonable(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)

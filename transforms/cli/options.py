@@ -1,0 +1,75 @@
+"""Options that several commands take, and how they are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+
+from resplice.errors import UsageError
+from resplice.program import Program
+from resplice.sources import load_model
+
+Model = Annotated[str, typer.Argument(help="a .pt2 file, module:factory, or hf:FOLDER_OR_GGUF")]
+Spec = Annotated[str, typer.Option("--passes", "-p", help="pipeline text: quest{weight-bits=4}")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+Dynamic = Annotated[
+    list[str] | None,
+    typer.Option("--dynamic", help="make an axis dynamic: input_ids:1=seq or input_ids:1=seq=2:512"),
+]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="load .pt2 files that can run code; trusted files only")
+]
+
+
+def open_model(text: str, dynamic: list[str] | None = None, *, allow_pickle: bool = False) -> Program:
+    """Load or capture MODEL."""
+    return load_model(text, dynamic_shapes=dynamic_shapes(dynamic or []), allow_pickle=allow_pickle)
+
+
+def dynamic_shapes(items: list[str]) -> dict[str, dict[int, str]] | None:
+    """Read `name:axis=dim` items.
+
+    Raises:
+        UsageError: An item has another form.
+    """
+    found: dict[str, dict[int, str]] = {}
+    for item in items:
+        place, _, dim = item.partition("=")
+        name, _, axis = place.rpartition(":")
+        if not name or not axis.lstrip("-").isdigit() or not dim:
+            raise UsageError(f"--dynamic {item!r} is not NAME:AXIS=DIM", hint="input_ids:1=seq")
+        found.setdefault(name, {})[int(axis)] = dim
+    return found or None
+
+
+def read_npz(path: Path) -> dict[str, torch.Tensor]:
+    """Named input tensors from an `.npz` file.
+
+    Raises:
+        UsageError: The file can't be read.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            return {name: torch.from_numpy(data[name]) for name in data.files}
+    except (OSError, ValueError) as error:
+        raise UsageError(f"can't read inputs from {path}: {error}") from error
+
+
+def batches_from(folder: Path | None, program: Program) -> list[dict[str, torch.Tensor]]:
+    """Calibration batches: every `.npz` file of a folder, checked against the signature."""
+    files = sorted(folder.glob("*.npz")) if folder else []
+    if folder and not files:
+        raise UsageError(f"there is no .npz file in {folder}")
+    batches = [read_npz(file) for file in files]
+    for batch in batches:
+        program.check_inputs(batch)
+    return batches
+
+
+def as_options(**values: Any) -> dict[str, Any]:
+    """Backend options that were given."""
+    return {key: value for key, value in values.items() if value is not None}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -219,7 +219,7 @@ def _torch_dims(axes: Mapping[int, Dim], *, named: bool) -> dict[int, Any] | Non
 
 
 def _torch_dim(dim: Dim, named: bool) -> Any:
-    if not named:
+    if not named or "*" in dim.name:
         top = None if dim.max is None else dim.max * dim.factor
         return torch.export.Dim.DYNAMIC(min=dim.min * dim.factor, max=top)
     base = torch.export.Dim(dim.name, min=dim.min, max=dim.max)
@@ -229,13 +229,14 @@ def _torch_dim(dim: Dim, named: bool) -> Any:
 def _named_dims(
     spec: DynamicShapes, tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, dict[int, Dim]]:
-    unknown = [name for name in spec if name not in tensors]
+    flat = {key: axes for name, item in spec.items() for key, axes in _leaf_specs(name, item, tensors)}
+    unknown = [name for name in flat if name not in tensors]
     if unknown:
         raise UsageError(
             f"dynamic_shapes names {', '.join(unknown)}, which is no tensor input",
             hint=f"tensor inputs are {', '.join(tensors)}",
         )
-    dims = {name: per_axis(spec.get(name)) for name in tensors}
+    dims = {name: per_axis(flat.get(name)) for name in tensors}
     bounds: dict[str, Dim] = {}
     for name, axes in dims.items():
         for axis, dim in axes.items():
@@ -247,6 +248,18 @@ def _named_dims(
     return dims
 
 
+def _leaf_specs(
+    name: str, spec: Any, tensors: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[str, Any]]:
+    """Specs of single tensors: a spec may mirror the structure of its input."""
+    if name in tensors or not isinstance(spec, Mapping | tuple | list):
+        yield name, spec
+        return
+    items = spec.items() if isinstance(spec, Mapping) else enumerate(spec)
+    for key, item in items:
+        yield from _leaf_specs(f"{name}_{key}", item, tensors) if item is not None else ()
+
+
 def _name_symbols(program: Program, dims: Mapping[str, Mapping[int, Dim]]) -> None:
     """Tie each shape symbol to the name the user gave it."""
     for node in program.placeholders:
@@ -254,10 +267,11 @@ def _name_symbols(program: Program, dims: Mapping[str, Mapping[int, Dim]]) -> No
             size = node.meta["val"].shape[axis]
             if not isinstance(size, torch.SymInt):
                 raise CaptureError(f"dimension {dim.name} of {node.name} was fixed to {size}")
-            program.dims[dim.name] = replace(dim, factor=1)
-            symbols = size.node.expr.free_symbols
-            if len(symbols) == 1:
-                program.symbols.setdefault(str(next(iter(symbols))), dim.name)
+            whole = size.node.expr
+            own = dim if whole.is_Symbol else replace(dim, factor=1)
+            program.dims[own.label] = own
+            if len(whole.free_symbols) == 1:
+                program.symbols.setdefault(str(next(iter(whole.free_symbols))), own.label)
 
 
 def _check_constants(leaves: Sequence[Leaf]) -> None:

@@ -6,9 +6,12 @@ drawn like the sample (same mean and spread).
 
 from __future__ import annotations
 
+import math
+
+import sympy
 import torch
 
-from resplice.dims import expression
+from resplice.dims import Dim, expression
 from resplice.program import Program
 
 
@@ -49,7 +52,21 @@ def _sizes(program: Program, second: bool) -> dict[object, int]:
         found[symbol] = _solved(program, symbol)
     if second:
         found = {symbol: _other(program, str(symbol), value) for symbol, value in found.items()}
+        found.update(_products(program, found))
     return found
+
+
+def _products(program: Program, sizes: dict[object, int]) -> dict[object, int]:
+    """Sizes declared as products of names, `frames*rows`, follow from those names."""
+    by_name, products = dict[str, int](), dict[object, list[str]]()
+    for symbol, size in sizes.items():
+        dim = program.dims.get(program.symbols.get(str(symbol), ""))
+        if dim and "*" in dim.name:
+            products[symbol] = dim.name.split("*")
+        elif dim:
+            by_name[dim.name] = size // dim.factor
+    known = {s: names for s, names in products.items() if all(name in by_name for name in names)}
+    return {symbol: math.prod(by_name[name] for name in names) for symbol, names in known.items()}
 
 
 def _all_symbols(program: Program) -> set[object]:
@@ -59,8 +76,6 @@ def _all_symbols(program: Program) -> set[object]:
 
 def _solved(program: Program, symbol: object) -> int:
     """A symbol that stands in expressions only (h = 2*_h): solve for it."""
-    import sympy
-
     for node in program.placeholders:
         for size, actual in zip(node.meta["val"].shape, program.samples[node.name].shape, strict=True):
             if isinstance(size, torch.SymInt) and size.node.expr.free_symbols == {symbol}:
@@ -69,17 +84,16 @@ def _solved(program: Program, symbol: object) -> int:
 
 
 def _other(program: Program, symbol: str, value: int) -> int:
-    dim = program.dims.get(program.symbols.get(symbol, ""))
-    low, high = (dim.min, dim.max) if dim else (2, None)
-    up = value + max(1, value // 2)
-    if high is None or up <= high:
-        return up
-    return max(low, value - max(1, value // 3))
+    """Another admissible size, larger where bounds allow."""
+    dim = program.dims.get(program.symbols.get(symbol, "")) or Dim("size", min=1)
+    base = value // dim.factor
+    larger, smaller = base + max(1, base // 2), base - max(1, base // 3)
+    return dim.factor * (larger if dim.admits(larger * dim.factor) else max(dim.min, smaller))
 
 
 def _draw(sample: torch.Tensor, shape: list[int], generator: torch.Generator) -> torch.Tensor:
     if sample.dtype == torch.bool or _is_mask(sample):
-        return _mask(sample, shape)
+        return _resized(sample, shape)
     if not sample.is_floating_point():
         low, high = int(sample.min()), int(sample.max()) + 1
         if _is_counting(sample):
@@ -101,12 +115,8 @@ def _is_counting(sample: torch.Tensor) -> bool:
     return size > 2 and torch.equal(sample.long(), torch.arange(size).expand(sample.shape))
 
 
-def _mask(sample: torch.Tensor, shape: list[int]) -> torch.Tensor:
-    """Repeat the sample's last value outwards, so that a padded mask stays a padded mask."""
-    return _resized(sample, shape)
-
-
 def _resized(sample: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    """Cut or repeat the sample's last values, so that a padded mask stays a padded mask."""
     if _is_counting(sample):
         return torch.arange(shape[-1], dtype=sample.dtype).expand(shape).clone()
     result = sample

@@ -16,7 +16,7 @@ import torch
 from resplice.errors import UsageError
 
 Size = int | str
-_TEXT = re.compile(r"^\s*(?:(\d+)\s*\*\s*)?([A-Za-z_]\w*)\s*(?:=\s*(\d*)\s*:\s*(\d*)\s*)?$")
+_TEXT = re.compile(r"^\s*(?:(\d+)\s*\*\s*)?([A-Za-z_]\w*(?:\*[A-Za-z_]\w*)*)\s*(?:=\s*(\d*)\s*:\s*(\d*)\s*)?$")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Dim:
     """A named dynamic dimension.
 
     Attributes:
-        name: One name is one size everywhere.
+        name: One name is one size everywhere; a product of names ("frames*rows") is the size
+            that those names give.
         min: Inclusive lower bound.
         max: Inclusive upper bound; None: unbounded.
         factor: The axis is always this many times the named size ("2*rows").
@@ -37,7 +38,7 @@ class Dim:
 
     @classmethod
     def parse(cls, value: object) -> Dim:
-        """Read `"seq"`, `"seq=2:2048"`, `"2*rows"`, a `torch.export.Dim` or a `Dim`.
+        """Read `"seq"`, `"seq=2:2048"`, `"2*rows"`, `"frames*rows"`, a `torch.export.Dim` or a `Dim`.
 
         Raises:
             UsageError: The value names no dimension.
@@ -58,12 +59,21 @@ class Dim:
         bounded = isinstance(high, int) and high < torch.iinfo(torch.int64).max
         return cls(name, max(int(low), 2), int(high) if bounded and high is not None else None)
 
+    @property
+    def label(self) -> str:
+        """`rows`, or `2*rows`: how a size that is this dimension prints."""
+        return self.name if self.factor == 1 else f"{self.factor}*{self.name}"
+
+    def admits(self, size: int) -> bool:
+        """Whether an axis of this dimension may have that size."""
+        base, rest = divmod(size, self.factor)
+        return rest == 0 and self.min <= base and (self.max is None or base <= self.max)
+
     def __str__(self) -> str:
         """Print back the text form."""
-        name = self.name if self.factor == 1 else f"{self.factor}*{self.name}"
         if (self.min, self.max) == (2, None):
-            return name
-        return f"{name}={self.min}:{'' if self.max is None else self.max}"
+            return self.label
+        return f"{self.label}={self.min}:{'' if self.max is None else self.max}"
 
 
 DynamicShapes = Mapping[str, Mapping[int, Any] | Sequence[Any] | None]

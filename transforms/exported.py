@@ -259,7 +259,8 @@ def _ranges(program: Program) -> dict[Any, ValueRanges[Any]]:
     for symbol in found:
         dim = program.dims.get(program.symbols.get(str(symbol), ""))
         if dim:
-            found[symbol] = ValueRanges(dim.min, int_oo if dim.max is None else dim.max)
+            top = int_oo if dim.max is None else dim.max * dim.factor
+            found[symbol] = ValueRanges(dim.min * dim.factor, top)
     return found
 
 

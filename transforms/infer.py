@@ -56,9 +56,17 @@ def evaluate(mode: FakeTensorMode, node: fx.Node) -> Any:
             return node.target(*args, **kwargs)
     except OpError:
         raise
+    except RuntimeError as error:
+        if known is not None and "concrete integers" in str(error):
+            return KEEP  # a C++ kernel without symbolic sizes: what export recorded stands
+        raise _refused(node, args, error) from error
     except Exception as error:
-        shapes = [str(getattr(a, "shape", a))[:80] for a in args]
-        raise VerifyError(
-            f"{describe_target(node)} can't take {', '.join(shapes)}: {str(error).splitlines()[0]}",
-            where=where(node),
-        ) from error
+        raise _refused(node, args, error) from error
+
+
+def _refused(node: fx.Node, args: Any, error: Exception) -> VerifyError:
+    shapes = [str(getattr(a, "shape", a))[:80] for a in args]
+    return VerifyError(
+        f"{describe_target(node)} can't take {', '.join(shapes)}: {str(error).splitlines()[0]}",
+        where=where(node),
+    )

@@ -172,12 +172,14 @@ class Program:
 
     def _check_bounds(self, symbol: str, value: int) -> None:
         dim = self.dims.get(self.symbols.get(symbol, ""))
-        if dim and not (dim.min <= value and (dim.max is None or value <= dim.max)):
-            raise InputError(
-                f"dimension {dim.name} is {value}, outside {dim.min}..{dim.max or 'any'}",
-                hint="capture again with wider bounds, such as "
-                f'"{dim.name}={min(dim.min, value)}:{max(dim.max or 0, value)}"',
-            )
+        if dim is None or dim.admits(value):
+            return
+        multiple = f"a multiple of {dim.factor}, " if dim.factor > 1 else ""
+        raise InputError(
+            f"dimension {dim.label} is {value}, must be {multiple}"
+            f"{dim.min * dim.factor} to {dim.max * dim.factor if dim.max else 'any'}",
+            hint='capture again with wider bounds, such as "seq=2:4096"',
+        )
 
     # ---- editing -------------------------------------------------------------------------
 
@@ -265,5 +267,5 @@ def _check_input(
                 f"input {port.name} has size {tensor.shape[axis]} on axis {axis}, "
                 f"expected {port.shape[axis]}",
                 where=str(port),
-                hint="capture the model with that axis dynamic" if port.shape[axis] != "" else "",
+                hint="capture the model with that axis dynamic",
             )

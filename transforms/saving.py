@@ -138,7 +138,7 @@ def _with_metadata(
     return Program(
         module=module,
         call=CallSpec.from_json(stored["call"]),
-        dims={dim.name: dim for dim in dims},
+        dims={dim.label: dim for dim in dims},
         symbols=dict(stored["symbols"]),
         facts=Facts.from_json(stored["facts"]),
         samples=samples,

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import StringIO
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -18,7 +19,7 @@ _SERIES = ("#030301", "#030302", "#030303", "#030304")
 _THEME = {_INK: "currentColor", _LINE: "var(--line)"} | {
     colour: f"var(--s{number})" for number, colour in enumerate(_SERIES, 1)
 }
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.size": 10.0,
@@ -106,7 +107,9 @@ def _errors(axes: Axes, points: Sequence[Point]) -> None:
             markersize=3.5, label=f"rewritten by {_short(name)}",
         )  # fmt: skip
     ticks = _layers(points)
-    axes.set_xticks([place for place, _ in ticks], [name for _, name in ticks], rotation=30, ha="right")
+    axes.set_xticks(
+        [place for place, _ in ticks], [name for _, name in ticks], rotation=30, ha="right"
+    )
     axes.set_xlim(-0.01 * len(points), 1.01 * len(points))
     axes.set_ylabel("SQNR (dB), higher is better")
     axes.figure.legend(loc="outside upper left", ncols=3)
@@ -131,7 +134,7 @@ def _pairs(axes: Axes, rows: Sequence[Pair]) -> None:
         drawn = axes.barh(
             [place + shift for place in range(len(rows))], shares, 0.36, color=colour, label=name
         )
-        axes.bar_label(drawn, [f" {bar.text}" for bar in found], fontsize=9)
+        axes.bar_label(drawn, [bar.text for bar in found], padding=4, fontsize=9)
     _horizontal(axes, [row.label for row in rows], "per cent of the captured model")
     axes.figure.legend(loc="outside upper left", ncols=2)
 
@@ -139,7 +142,7 @@ def _pairs(axes: Axes, rows: Sequence[Pair]) -> None:
 def _bars(axes: Axes, rows: Sequence[Bar], axis: str) -> None:
     colours = [_SERIES[number % len(_SERIES)] for number in range(len(rows))]
     drawn = axes.barh(range(len(rows)), [row.value for row in rows], 0.62, color=colours)
-    axes.bar_label(drawn, [f" {row.text}" for row in rows], fontsize=9)
+    axes.bar_label(drawn, [row.text for row in rows], padding=4, fontsize=9)
     _horizontal(axes, [row.label for row in rows], axis)
 
 

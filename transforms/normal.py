@@ -144,7 +144,8 @@ def _bound(value: Any, size: Any, default: int) -> Any:
 
 def _dims_from_the_end(node: fx.Node) -> bool:
     """Rewrite `dim`-like integer arguments to count from the end."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    sizes = (aten.sym_size.int, aten.sym_stride.int)  # exporters read these from the front
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target in sizes:
         return False
     rank = _rank(node)
     if rank is None:

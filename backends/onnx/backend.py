@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import torch
-from torch.export import ExportedProgram
 
 from resplice import weights
 from resplice.artifact import staged
 from resplice.backends.onnx.artifact import OnnxArtifact
+from resplice.backends.onnx.export import export_model
 from resplice.backends.onnx.lower import lower_program
 from resplice.backends.onnx.options import OnnxOptions
 from resplice.cases import fresh_cases
 from resplice.compare import Difference
-from resplice.errors import LoweringError
 from resplice.program import Program
 from resplice.saving import program_metadata
 
@@ -62,8 +56,9 @@ class OnnxBackend:
             shared = _SharedWeights(target.name + ".data")
             for name, function in program.all_functions():
                 exported, found = lower_program(function, options)
-                errors, notes[name] = errors + found.pop("errors"), found
-                model = _export(exported, function, options)
+                errors, notes[name] = errors + found["errors"], found
+                model = export_model(exported, function, options.opset)
+                _describe(model, function, _bar(found["errors"]))
                 file = stage / _file_name(target, name)
                 _save(model, file, function, options, shared)
             artifact = OnnxArtifact(stage / target.name, _bar(errors), notes, threads=options.threads)
@@ -89,41 +84,10 @@ def _file_name(target: Path, function: str) -> str:
     return target.name if function == "main" else f"{target.stem}.{function}{target.suffix}"
 
 
-def _export(exported: ExportedProgram, program: Program, options: OnnxOptions) -> ir.Model:
-    try:
-        with _quiet():
-            result = torch.onnx.export(
-                exported,
-                input_names=[port.name for port in program.inputs],
-                output_names=[port.name for port in program.outputs],
-                opset_version=options.opset,
-                dynamo=True,
-                verbose=False,
-            )
-    except Exception as error:
-        raise LoweringError("onnx", _problems(error)) from error
-    assert result is not None
-    model: ir.Model = result.model
-    _name_dims(model, program)
-    model.metadata_props.update(
-        {f"resplice.{key}": json.dumps(value) for key, value in program_metadata(program).items()}
-    )
-    return model
-
-
-def _problems(error: BaseException) -> list[str]:
-    """The exporter's own complaints, innermost first line each."""
-    found, current = [], error
-    while current is not None:
-        text = str(current).strip()
-        lines = [line for line in text.splitlines() if "No ONNX function" in line or "Error" in line]
-        found += lines[:5] or text.splitlines()[:1]
-        current = current.__cause__  # type: ignore[assignment]  # ends with None
-    return list(dict.fromkeys(found))
-
-
-def _name_dims(model: ir.Model, program: Program) -> None:
-    """Write dimension names instead of torch's symbols."""
+def _describe(model: ir.Model, program: Program, bar: float) -> None:
+    """Name the dimensions and store what a later tool needs to know."""
+    stored = {**program_metadata(program), "bar": bar}
+    model.metadata_props.update({f"resplice.{key}": json.dumps(value) for key, value in stored.items()})
     for value, port in zip(model.graph.inputs, program.inputs, strict=True):
         value.shape = ir.Shape(port.shape)
     for value, port in zip(model.graph.outputs, program.outputs, strict=True):
@@ -171,17 +135,3 @@ class _SharedWeights:
     @staticmethod
     def _key(program: Program, name: str) -> Any:
         return weights.key(program.weight(name)) if weights.has(program.module, name) else name
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter's advice is for people who call it by hand."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -122,11 +122,28 @@ def repeat_by_expanding(build: Builder, node: fx.Node) -> fx.Node | None:
     return build(aten.flatten.using_ints, spread, axis, axis + 1)
 
 
+def spell_for_exporter(build: Builder, node: fx.Node) -> fx.Node | None:
+    """to.dtype(x, d) -> _to_copy(x, d);  a & b of booleans -> logical_and(a, b).
+
+    The exporter translates these spellings directly, without tracing the program once more.
+    """
+    if node.target is aten.to.dtype:
+        return build(aten._to_copy.default, node.args[0], dtype=node.args[1])
+    logical = {
+        aten.__and__.Tensor: aten.logical_and.default,
+        aten.__or__.Tensor: aten.logical_or.default,
+    }
+    if node.target in logical and all(map(_is_bool, node.args)):
+        return build(logical[node.target], *node.args)
+    return None
+
+
 RULES: tuple[Legalizer, ...] = (
     drop_idle_squeeze,
     select_booleans_by_logic,
     zero_unattended_rows,
     repeat_by_expanding,
+    spell_for_exporter,
 )
 
 

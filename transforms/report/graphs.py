@@ -94,8 +94,8 @@ def draw(text: str, result: str = "") -> Drawing | None:
     if not 0 < len(operations) <= MOST_OPERATIONS:
         return None
     graph: nx.DiGraph[str] = nx.DiGraph()
-    for operation in operations:
-        graph.add_node(operation.name)
+    for operation in reversed(operations):  # so that inputs stand in the order they are read
+        graph.add_nodes_from((operation.name, *operation.inputs))
         graph.add_edges_from((source, operation.name) for source in operation.inputs)
     if not nx.is_directed_acyclic_graph(graph):
         return None

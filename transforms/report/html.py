@@ -28,7 +28,10 @@ _SIZES = {
     "nodes": "Graph nodes",
 }
 _TIMES = "\u00d7"
-_BINARY, _DECIMAL = ("B", "KiB", "MiB", "GiB", "TiB"), ("", " k", " M", " G", " T")
+_BINARY, _DECIMAL = (
+    ("B", "KiB", "MiB", "GiB", "TiB"),
+    ("", "\u00a0k", "\u00a0M", "\u00a0G", "\u00a0T"),
+)
 
 
 def render(data: Json) -> str:
@@ -80,8 +83,8 @@ def real(value: Any) -> float | None:
 
 
 def size_text(value: Any) -> str:
-    """`305.3 KiB`."""
-    return _scaled(value, 1024, _BINARY, " ")
+    """`305.3 KiB`, on one line."""
+    return _scaled(value, 1024, _BINARY, "\u00a0")
 
 
 def amount_text(value: Any) -> str:
@@ -114,7 +117,8 @@ def error_text(difference: Any) -> str:
 def metric_text(value: Any, name: str) -> str:
     """A site's metric, by what its name says it is."""
     if name.endswith("_db"):
-        return "identical" if value is None else f"{figure_text(value)} dB"
+        number = real(value)
+        return "identical" if number is None else f"{number:.2f} dB"
     return size_text(value) if name.startswith("bytes") else figure_text(value)
 
 
@@ -144,7 +148,7 @@ def _ratio(before: Any, after: Any) -> str:
 
 @dataclass(frozen=True)
 class Found:
-    """A site or a refusal, with the pass and the function where it was found."""
+    """A site or a refusal, with the pass (`quest #2`) and the function where it was found."""
 
     step: str
     function: str
@@ -204,11 +208,16 @@ def _changes(step: Json) -> list[Json]:
 
 def _found(steps: Iterable[Json], key: str) -> list[Found]:
     return [
-        Found(str(step.get("pass", "")), str(change.get("function") or "main"), item)
-        for step in steps
+        Found(_title(step, number), str(change.get("function") or "main"), item)
+        for number, step in enumerate(steps, 1)
         for change in _changes(step)
         for item in dicts(change.get(key))
     ]
+
+
+def _title(step: Json, number: int) -> str:
+    """The name without options, and the place in the table of passes."""
+    return f"{str(step.get('pass') or 'unnamed').split('{')[0]} #{number}"
 
 
 def _sizes(data: Json) -> list[Json]:
@@ -265,12 +274,16 @@ def _step(step: Json) -> Json:
         "pass": step.get("pass"),
         "meaning": step.get("meaning"),
         "sites": sum(counts.values()),
-        "per_function": ", ".join(f"{name} {n}" for name, n in counts.items())
+        "per_function": ", ".join(f"{name}\u00a0{n}" for name, n in counts.items())
         if len(counts) > 1
         else "",
         "refusals": sum(len(dicts(change.get("refusals"))) for change in changes),
         "seconds": step.get("seconds"),
-        "notes": [note for change in changes for note in strings(change.get("notes"))],
+        "notes": [
+            f"{change.get('function') or 'main'}: {note}" if len(counts) > 1 else note
+            for change in changes
+            for note in strings(change.get("notes"))
+        ],
         "error": _worst_output(ledger),
     }
 
@@ -379,7 +392,7 @@ def _refusals(refusals: Sequence[Found]) -> list[Json]:
             refusal.place.get("module"),
         )
         if module:
-            reason = reason.replace(str(module), "…")
+            reason = reason.replace(str(module), "[module]")
         groups.setdefault((refusal.step, reason), []).append(refusal.label)
     ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
     return [
@@ -388,10 +401,10 @@ def _refusals(refusals: Sequence[Found]) -> list[Json]:
 
 
 def _rules(steps: Iterable[Json]) -> Iterable[Json]:
-    for step in steps:
+    for number, step in enumerate(steps, 1):
         for change in _changes(step):
             for name, stats in mapping(change.get("rules")).items():
-                where = {"pass": step.get("pass"), "function": change.get("function") or "main"}
+                where = {"pass": _title(step, number), "function": change.get("function") or "main"}
                 yield {**where, "rule": name, **mapping(stats)}
 
 
@@ -433,10 +446,12 @@ def _weight_plot(sites: Sequence[Found]) -> str:
 
 
 def _bar_plot(rows: Sequence[Json], name: str, unit: str) -> str:
-    bars = [
-        plots.Bar(row["model"] or row["others"] or f"run {number}", row["value"], row["text"])
-        for number, row in enumerate(rows[:MOST_BARS], 1)
-        if row["value"] is not None
-    ]
+    models = [row["model"] for row in rows]
+    bars = []
+    for number, row in enumerate(rows[:MOST_BARS], 1):
+        model, others = row["model"], row["others"]
+        label = model if models.count(model) == 1 else ", ".join(filter(None, (model, others)))
+        if row["value"] is not None:
+            bars.append(plots.Bar(label or f"run {number}", row["value"], row["text"], model))
     axis = f"{name} ({unit})" if unit else name
     return Markup(plots.bars(bars, axis)) if len(bars) > 1 else ""  # as above

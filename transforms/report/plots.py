@@ -42,7 +42,7 @@ _SPACES = re.compile(r' xmlns(?::xlink)?="[^"]*"')
 _HEADER = re.compile(r"\s*<metadata>.*?</metadata>|\s*<defs>\s*<style.*?</defs>", re.DOTALL)
 _FONT = re.compile(r" ?font-family: [^;\"]*;")
 _LAYER = re.compile(r"(?:^|\.)([A-Za-z_]\w*\.\d+)(?:\.|$)")
-_MOST_LABELS, _MOST_DOTS = 12, 3000
+_MOST_LABELS, _MOST_DOTS, _CHARACTERS = 12, 3000, 80
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar, and what is written at its end."""
+    """One bar, and what is written at its end; bars of one group have one colour."""
 
     label: str
     value: float
     text: str
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,9 @@ def _errors(axes: Axes, points: Sequence[Point]) -> None:
             markersize=3.5, label=f"rewritten by {_short(name)}",
         )  # fmt: skip
     ticks = _layers(points)
-    axes.set_xticks(
-        [place for place, _ in ticks], [name for _, name in ticks], rotation=30, ha="right"
-    )
+    axes.set_xticks([place for place, _ in ticks], [name for _, name in ticks])
+    if sum(len(name) for _, name in ticks) > _CHARACTERS:
+        axes.tick_params("x", labelrotation=30)
     axes.set_xlim(-0.01 * len(points), 1.01 * len(points))
     axes.set_ylabel("SQNR (dB), higher is better")
     axes.figure.legend(loc="outside upper left", ncols=3)
@@ -140,7 +141,8 @@ def _pairs(axes: Axes, rows: Sequence[Pair]) -> None:
 
 
 def _bars(axes: Axes, rows: Sequence[Bar], axis: str) -> None:
-    colours = [_SERIES[number % len(_SERIES)] for number in range(len(rows))]
+    groups = list(dict.fromkeys(row.group for row in rows))
+    colours = [_SERIES[groups.index(row.group) % len(_SERIES)] for row in rows]
     drawn = axes.barh(range(len(rows)), [row.value for row in rows], 0.62, color=colours)
     axes.bar_label(drawn, [row.text for row in rows], padding=4, fontsize=9)
     _horizontal(axes, [row.label for row in rows], axis)
@@ -169,8 +171,9 @@ def _or_gap(value: float | None) -> float:
     return float("nan") if value is None else value
 
 
-def _short(text: str, longest: int = 36) -> str:
-    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+def _short(text: str, longest: int = 44) -> str:
+    half = (longest - 1) // 2
+    return text if len(text) <= longest else f"{text[:half]}…{text[-half:]}"
 
 
 def _svg(paint: Callable[[Axes], None], title: str, height: float) -> str:

@@ -1,6 +1,6 @@
 """Packing of b-bit codes into bytes: a little-endian bit stream along the last axis.
 
-Code i occupies bits [i*b, (i+1)*b) of its row; 1, 2, 4 and 8 bits never straddle a byte, 3 bits may.
+Code i occupies bits [i*b, (i+1)*b) of its row; 1, 2, 4 and 8 bits never straddle a byte, 3 may.
 Rows are padded to whole bytes, so a row of K codes takes ceil(K*b/8) bytes.
 """
 

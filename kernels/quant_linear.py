@@ -45,7 +45,9 @@ def dequantize(codes: Tensor, step: Tensor, bits: int, group: int, size: int) ->
     return from_codes(unpack(codes, bits, size), spread, bits)
 
 
-def _verify(x: Tensor, codes: Tensor, step: Tensor, bias: Tensor | None, bits: int, group: int) -> None:
+def _verify(
+    x: Tensor, codes: Tensor, step: Tensor, bias: Tensor | None, bits: int, group: int
+) -> None:
     def refuse(argument: str, what: str) -> None:
         raise OpError("quant_linear", argument, what)
 
@@ -57,7 +59,10 @@ def _verify(x: Tensor, codes: Tensor, step: Tensor, bias: Tensor | None, bits: i
         refuse("group", f"is {group}, must be 0 or positive")
     expected = packed_bytes(int(x.shape[-1]), bits)
     if codes.shape[1] != expected:
-        refuse("codes", f"has {codes.shape[1]} bytes a row, {x.shape[-1]} codes of {bits} bits need {expected}")
+        refuse(
+            "codes",
+            f"has {codes.shape[1]} bytes a row, {x.shape[-1]} codes of {bits} bits need {expected}",
+        )
     groups = (codes.shape[0], group_count(int(x.shape[-1]), group))
     if tuple(step.shape) != groups:
         refuse("step", f"has shape {list(step.shape)}, expected {list(groups)}")
@@ -67,20 +72,26 @@ def _verify(x: Tensor, codes: Tensor, step: Tensor, bias: Tensor | None, bits: i
         refuse("x", f"has dtype {x.dtype}, not floating point")
 
 
-def _cost(x: Tensor, codes: Tensor, step: Tensor, bias: Tensor | None, bits: int, group: int) -> Cost:
+def _cost(
+    x: Tensor, codes: Tensor, step: Tensor, bias: Tensor | None, bits: int, group: int
+) -> Cost:
     out = math.prod(x.shape[:-1]) * codes.shape[0]
     read = sum(t.numel() * t.element_size() for t in (x, codes, step, bias) if t is not None)
     return Cost(2 * out * int(x.shape[-1]), read, out * x.element_size())
 
 
-def _fake(x: Tensor, codes: Tensor, step: Tensor, bias: Tensor | None, bits: int, group: int) -> Tensor:
+def _fake(
+    x: Tensor, codes: Tensor, step: Tensor, bias: Tensor | None, bits: int, group: int
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
 def _samples() -> Iterator[OpSample]:
     generator = torch.Generator().manual_seed(0)
 
-    def call(rows: tuple[int, ...], size: int, out: int, bits: int, group: int, bias: bool = False) -> tuple[Any, ...]:
+    def call(
+        rows: tuple[int, ...], size: int, out: int, bits: int, group: int, bias: bool = False
+    ) -> tuple[Any, ...]:
         codes = torch.randint(0, 2**bits, (out, size), generator=generator)
         step = torch.rand(out, group_count(size, group), generator=generator) + 0.1
         x = torch.randn(*rows, size, generator=generator)
@@ -89,7 +100,9 @@ def _samples() -> Iterator[OpSample]:
 
     for bits in BITS:
         yield OpSample(f"{bits} bits, per channel", call((2, 3), 64, 10, bits, 0), grad=True)
-        yield OpSample(f"{bits} bits, groups of 32, bias", call((5,), 96, 7, bits, 32, True), grad=True)
+        yield OpSample(
+            f"{bits} bits, groups of 32, bias", call((5,), 96, 7, bits, 32, True), grad=True
+        )
     yield OpSample("ragged last group", call((4,), 100, 6, 3, 32))
     yield OpSample("odd row of codes", call((4,), 33, 6, 3, 0, True))
     yield OpSample("no rows", call((0,), 32, 4, 4, 0))
@@ -97,11 +110,14 @@ def _samples() -> Iterator[OpSample]:
     yield OpSample("bad bits", (x, codes, step, None, 5, 0), refused="not one of")
     yield OpSample("short codes", (x, codes[:, 1:], step, None, 4, 0), refused="bytes a row")
     yield OpSample("wrong steps", (x, codes, step, None, 4, 32), refused="step has shape")
-    yield OpSample("integer input", (x.long(), codes, step, None, 4, 0), refused="not floating point")
+    yield OpSample(
+        "integer input", (x.long(), codes, step, None, 4, 0), refused="not floating point"
+    )
 
 
 @op(
-    "quant_linear(Tensor x, Tensor codes, Tensor step, Tensor? bias, int bits, int group) -> Tensor",
+    "quant_linear(Tensor x, Tensor codes, Tensor step, Tensor? bias, int bits, int group)"
+    " -> Tensor",
     verify=_verify,
     cost=_cost,
     fake=_fake,

@@ -16,8 +16,8 @@ from resplice.program import Program
 class Canonicalize(Pass):
     """Drop no-ops and spell equal things equally; see `resplice.normal` for the rules.
 
-        %2 = aten.to(%1, dtype=f32)        (already f32)
-        %3 = aten.view(%2, [4, 8])    ->   %2 = aten.reshape(%1, [4, 8])
+    %2 = aten.to(%1, dtype=f32)        (already f32)
+    %3 = aten.view(%2, [4, 8])    ->   %2 = aten.reshape(%1, [4, 8])
     """
 
     name = "canonicalize"

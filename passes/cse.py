@@ -21,9 +21,9 @@ from resplice.program import Program
 class Cse(Pass):
     """Common subexpression elimination; random ops and state writes are left alone.
 
-        %2 = aten.cos(%1)
-        %3 = aten.cos(%1)            ->   %2 = aten.cos(%1)
-        %4 = aten.add(%2, %3)             %3 = aten.add(%2, %2)
+    %2 = aten.cos(%1)
+    %3 = aten.cos(%1)            ->   %2 = aten.cos(%1)
+    %4 = aten.add(%2, %3)             %3 = aten.add(%2, %2)
     """
 
     name = "cse"

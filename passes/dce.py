@@ -15,9 +15,9 @@ from resplice.program import Program
 class Dce(Pass):
     """Dead code elimination.
 
-        %2 = aten.relu(%1)            (no user)
-        %3 = aten.neg(%1)       ->    %2 = aten.neg(%1)
-        return %3                     return %2
+    %2 = aten.relu(%1)            (no user)
+    %3 = aten.neg(%1)       ->    %2 = aten.neg(%1)
+    return %3                     return %2
     """
 
     name = "dce"

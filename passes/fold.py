@@ -55,7 +55,9 @@ class Fold(Pass):
         static = isinstance(node.meta.get("val"), torch.Tensor) and all(n in values for n in inputs)
         if node.op != "call_function" or not static or not is_pure(node) or _is_symbolic(node):
             return None
-        if _bytes(node.meta["val"]) > max(self.max_kib * 1024, sum(_bytes(values[n]) for n in inputs)):
+        if _bytes(node.meta["val"]) > max(
+            self.max_kib * 1024, sum(_bytes(values[n]) for n in inputs)
+        ):
             return None
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])  # type: ignore[no-untyped-call]  # torch.fx is untyped here
         assert callable(node.target), node

@@ -94,7 +94,11 @@ def quantize_weight(
     if bits not in BITS:
         raise OpError("quantize_weight", "bits", f"is {bits}, not one of {BITS}")
     if weight.dim() != 2 or not weight.is_floating_point():
-        raise OpError("quantize_weight", "weight", f"must be a float matrix, is {weight.dtype} {list(weight.shape)}")
+        raise OpError(
+            "quantize_weight",
+            "weight",
+            f"must be a float matrix, is {weight.dtype} {list(weight.shape)}",
+        )
     size, block = int(weight.shape[1]), hadamard_block(int(weight.shape[1]), hadamard)
     rows = max(1, _ROWS_AT_ONCE // size)
     parts = [_quantize_rows(part, bits, group, block) for part in weight.detach().split(rows)]
@@ -114,7 +118,9 @@ def hadamard_block(size: int, wanted: Block) -> int:
         block = largest_block(size)
         return block if block >= _USEFUL_BLOCK else 1
     if wanted < 1 or wanted & (wanted - 1) or size % wanted:
-        raise OpError("quantize_weight", "hadamard", f"is {wanted}: not a power of two dividing {size}")
+        raise OpError(
+            "quantize_weight", "hadamard", f"is {wanted}: not a power of two dividing {size}"
+        )
     return wanted
 
 
@@ -144,7 +150,9 @@ class Quest(Pass):
     destroys = (FloatWeights,)
 
     weight_bits: int = option(4, "bits per weight; 16 changes nothing", choices=(*BITS, 16))
-    group: int = option(0, "weights per scale along the input axis; 0: one scale per output channel")
+    group: int = option(
+        0, "weights per scale along the input axis; 0: one scale per output channel"
+    )
     hadamard: Block = option("auto", "input-side rotation: auto, off, or a block size")
     head: bool = option(False, "also quantise the output head and tied embeddings' readers")
     skip: tuple[str, ...] = option((), "weight-name patterns to leave alone, such as *.down_proj.*")
@@ -208,7 +216,9 @@ class _QuantizeLinear(Rule):
             found.require(not _feeds_embedding(weight), "its weight is an embedding table")
         if isinstance(options.hadamard, int):
             size = weight.meta["val"].shape[0 if self.transposed else 1]
-            found.require(size % options.hadamard == 0, f"hadamard={options.hadamard} does not divide {size}")
+            found.require(
+                size % options.hadamard == 0, f"hadamard={options.hadamard} does not divide {size}"
+            )
 
     def rewrite(self, found: Match, build: Builder) -> tuple[fx.Node, dict[str, Any]]:
         node, options = found.node("weight"), self.options
@@ -224,7 +234,9 @@ class _QuantizeLinear(Rule):
         x = _rotated(build, found.node("x"), quantized.block)
         codes = build.weight(f"{name}_codes", quantized.codes)
         step = build.weight(f"{name}_step", quantized.step)
-        new = build(quant_linear.overload, x, codes, step, found["bias"], quantized.bits, quantized.group)
+        new = build(
+            quant_linear.overload, x, codes, step, found["bias"], quantized.bits, quantized.group
+        )
         return new, _metrics(weight, quantized)
 
 

@@ -258,13 +258,20 @@ def test_a_keyword_of_the_graph_is_found_too() -> None:
     program = program_of(lambda a, b: torch.add(a, b, alpha=3), (2,), (2,))
     node = last(program)
     assert dict(node.kwargs) == {"alpha": 3}
-    assert positional(node)[2] == 3 and argument(node, "alpha") == 3
+    assert positional(node)[2] == 3
+    assert argument(node, "alpha") == 3
     assert match(aten.add(X, Y, 3), node)
 
 
 def test_an_unknown_keyword_is_named() -> None:
     miss = missed(aten.relu(X, speed=1), lambda a, b, c: a.relu())
     assert "aten.relu has no argument speed" in miss.reason
+
+
+def test_more_arguments_than_the_op_has_do_not_match() -> None:
+    miss = missed(aten.relu(X, Y), lambda a, b, c: a.relu())
+    assert miss.reason == "aten.relu takes 1 arguments, the pattern has 2"
+    assert find(aten.relu(X, ...), lambda a, b, c: a.relu()), "the rest may be nothing"
 
 
 def test_dots_leave_the_rest_free() -> None:
@@ -295,7 +302,8 @@ def test_an_interior_node_with_an_outside_user_refuses() -> None:
     with pytest.raises(NoMatch) as caught:
         match(aten.sigmoid(aten.relu(X)), sigmoid)
     assert caught.value.reason == f"relu is used outside the pattern, by {neg.name}"
-    assert caught.value.node is not None and caught.value.node.name == "relu"
+    assert caught.value.node is not None
+    assert caught.value.node.name == "relu"
     assert caught.value.depth == 2
 
 
@@ -318,10 +326,11 @@ def test_shared_covers_its_own_node_only() -> None:
 
 
 def test_an_interior_value_that_is_returned_counts_as_used_outside() -> None:
-    program = program_of(lambda a: (a.relu().sigmoid(), a.relu()), (2,))
-    sigmoid, relu = program.output_nodes
-    sigmoid.args = (relu,)
-    relu.append(sigmoid)
+    def function(a: Tensor) -> tuple[Tensor, Tensor]:
+        inner = a.relu()
+        return inner.sigmoid(), inner
+
+    sigmoid, _ = program_of(function, (2,)).output_nodes
     with pytest.raises(NoMatch, match="relu is used outside the pattern, by output"):
         match(aten.sigmoid(aten.relu(X)), sigmoid)
 
@@ -348,7 +357,8 @@ def test_the_root_may_have_any_number_of_users() -> None:
 def test_either_takes_the_first_that_fits() -> None:
     term = either(aten.relu(X), aten.sigmoid(Y))
     relu, sigmoid = (find(term, f) for f in (lambda a, b, c: a.relu(), lambda a, b, c: a.sigmoid()))
-    assert set(relu.bindings) == {"x"} and set(sigmoid.bindings) == {"y"}
+    assert set(relu.bindings) == {"x"}
+    assert set(sigmoid.bindings) == {"y"}
     assert missed(term, lambda a, b, c: a.neg())
 
 
@@ -363,7 +373,8 @@ def test_maybe_looks_through_an_optional_op() -> None:
     direct = find(term, lambda a, b, c: a.relu())
     cast = find(term, lambda a, b, c: a.double().relu())
     assert direct["x"].op == "placeholder"
-    assert cast["x"].op == "placeholder" and len(cast.nodes) == len(direct.nodes) + 1
+    assert cast["x"].op == "placeholder"
+    assert len(cast.nodes) == len(direct.nodes) + 1
 
 
 def test_maybe_with_arguments_demands_them_where_the_op_is_there() -> None:
@@ -413,17 +424,28 @@ def test_a_call_does_not_match_a_weight_or_an_input() -> None:
 
 
 def test_the_deepest_attempt_is_reported_with_node_and_source_line() -> None:
-    def function(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        low = a.neg().sigmoid()
-        return low.relu() + b
+    class Inner(nn.Module):
+        def forward(self, a: Tensor) -> Tensor:
+            return a.neg().sigmoid().relu()
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.inner(a) + b
 
     term = aten.add(aten.relu(aten.sigmoid(aten.exp(X))), Y)
-    miss = missed(term, function)
-    line = inspect.getsourcelines(function)[1] + 1
+    program = capture(Outer(), (torch.randn(2), torch.randn(2)))
+    with pytest.raises(NoMatch) as caught:
+        match(term, last(program))
+    miss, line = caught.value, inspect.getsourcelines(Inner.forward)[1] + 1
     assert miss.reason == "expected aten.exp, found aten.neg"
-    assert miss.node is not None and miss.node.name == "neg"
+    assert miss.node is not None
+    assert miss.node.name == "neg"
     assert miss.depth == 3, "add, relu and sigmoid had matched"
-    assert f"neg in function (test_pattern.py:{line})" in str(miss)
+    assert str(miss).endswith(f"(at neg in inner (test_pattern.py:{line}))")
 
 
 def test_a_shallow_failure_of_the_other_order_does_not_hide_the_deep_one() -> None:

@@ -1,8 +1,8 @@
 """resplice: capture a PyTorch model, splice techniques into its graph, lower it, check it.
 
-    from resplice import optimize
-    smaller = optimize(model, "quest{weight-bits=4}", example_inputs=(tokens,))
-    smaller.to_onnx("model.onnx")
+from resplice import optimize
+smaller = optimize(model, "quest{weight-bits=4}", example_inputs=(tokens,))
+smaller.to_onnx("model.onnx")
 """
 
 if __name__ != "resplice":

@@ -161,12 +161,14 @@ class Optimized(nn.Module):
         return save(self.program, path)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Lower to a backend, `to("onnx", "model.onnx", portable=True)`, or move like any module."""
+        """Lower, `to("onnx", "model.onnx", portable=True)`, or move like any module."""
         if args and args[0] in registry.BACKENDS:
             return self.lower(*args, **kwargs)
         return super().to(*args, **kwargs)
 
-    def lower(self, backend: str, path: str | Path, *, check: bool = True, **options: Any) -> Artifact:
+    def lower(
+        self, backend: str, path: str | Path, *, check: bool = True, **options: Any
+    ) -> Artifact:
         """Lower to a backend and, by default, check the artefact before it appears.
 
         Args:
@@ -196,5 +198,3 @@ class Optimized(nn.Module):
     def __str__(self) -> str:
         """The program as text."""
         return show(self.program)
-
-

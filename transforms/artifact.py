@@ -73,7 +73,7 @@ class Artifact(ABC):
                 raise NumericsError(
                     f"{self.path.name}: output {name} differs from the program",
                     measured=measured.relative, bar=self.bar,
-                    hint="`resplice bisect` names the first rewrite; --portable avoids fused operators",
+                    hint="--portable avoids fused operators; `resplice bisect` tries the passes",
                 )  # fmt: skip
         return found
 

@@ -60,7 +60,9 @@ def compare_speed(before: Program, after: Program, *, rounds: int = 10) -> Ratio
     )
 
 
-def interleave(calls: dict[str, Callable[[], object]], *, rounds: int = 10) -> dict[str, list[float]]:
+def interleave(
+    calls: dict[str, Callable[[], object]], *, rounds: int = 10
+) -> dict[str, list[float]]:
     """Time several calls in turn; returns milliseconds per round by name."""
     for call in calls.values():
         call()

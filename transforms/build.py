@@ -26,7 +26,7 @@ class Builder:
         self.made: list[fx.Node] = []
 
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """Insert a call of an operator overload (or a plain function such as `operator.getitem`)."""
+        """Insert a call of an operator overload or a function such as `operator.getitem`."""
         with self.program.graph.inserting_before(self.before):
             node = self.program.graph.call_function(target, args, kwargs)
         return self._finish(node)
@@ -80,8 +80,6 @@ class Builder:
         inherit(node, self.before, self.made_by)
         self.made.append(node)
         return node
-
-
 
 
 def _plain(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """Capture: an unmodified model + sample inputs -> Program, by torch.export.
 
 What is done on the way, and why:
-- sample inputs are copied to distinct tensors: export silently merges two inputs that are one object;
+- sample inputs are copied to distinct tensors: export silently merges inputs that are one object;
 - everything runs under `no_grad`: else rotary code hides in a higher-order op;
 - non-tensor arguments are bound away, and the output is flattened, so the graph has tensors only;
 - named dims are declared to torch, which then proves them; derived sizes it suggests are adopted,
@@ -12,9 +12,10 @@ What is done on the way, and why:
 from __future__ import annotations
 
 import copy
-import inspect
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from resplice.errors import CaptureError, InputError, UsageError
 from resplice.exported import functional, unlift
 from resplice.facts import Facts, FloatWeights
 from resplice.program import Program
+from resplice.proof import prove
+from resplice.quiet import quiet
 
 aten = torch.ops.aten
 _PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
@@ -65,6 +68,7 @@ def capture(
     *,
     dynamic_shapes: DynamicShapes | None = None,
     repair: bool = True,
+    check: bool = True,
 ) -> Program:
     """Capture a model as a Program.
 
@@ -75,6 +79,8 @@ def capture(
         dynamic_shapes: Input name -> {axis: "dim name"} (or a tuple over axes); bounds as
             "seq=2:2048". Inputs inside structures are named by path, `past[0]` -> `past_0`.
         repair: Apply the repair catalogue (`resplice.repairs`) while tracing.
+        check: Compare with the eager model, at a second size too where sizes are dynamic. Models
+            in train mode and random ones are not compared.
 
     Returns:
         The program; weights share storage with the model.
@@ -94,9 +100,7 @@ def capture(
     flat = _Flat(model, sample, structures.append)
     with torch.no_grad(), repairs.applied(model, enabled=repair) as effective:
         exported = _export(flat, tuple(copies.values()), dims)
-    names = {
-        f"{_INNER}.{name}": name for name, _ in weights.named(model)
-    }
+    names = {f"{_INNER}.{name}": name for name, _ in weights.named(model)}
     module = unlift(exported, tuple(copies), lambda n: names.get(n, n.removeprefix(f"{_INNER}.")))
     _shorten_paths(module.graph)
     _drop_metadata_asserts(module.graph)
@@ -111,27 +115,33 @@ def capture(
     )
     _name_symbols(program, dims)
     module.recompile()
+    if check and not model.training:
+        prove(program, lambda given: model_call(model, sample, tuple(given.values())))
     return program
+
+
+def model_call(model: nn.Module, sample: Sample, tensors: Sequence[torch.Tensor]) -> Any:
+    """Call the model as the sample does, with other tensors in the places of the sample's."""
+    given = iter(tensors)
+    args, kwargs = torch.utils._pytree.tree_map(
+        lambda leaf: next(given) if isinstance(leaf, torch.Tensor) else leaf,
+        (sample.args, dict(sample.kwargs or {})),
+    )
+    return model(*args, **kwargs)
 
 
 class _Flat(nn.Module):
     """Calls the model with constants bound; takes flat tensors, returns flat tensors."""
 
-    def __init__(
-        self, model: nn.Module, sample: Sample, record: Callable[[Any], None]
-    ) -> None:
+    def __init__(self, model: nn.Module, sample: Sample, record: Callable[[Any], None]) -> None:
         super().__init__()
         self.captured = model
         self.training = model.training
-        self._call = (sample.args, dict(sample.kwargs or {}))
+        self._sample = sample
         self._record = record  # a bound method: export restores every plain attribute afterwards
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        given = iter(tensors)
-        args, kwargs = torch.utils._pytree.tree_map(
-            lambda leaf: next(given) if isinstance(leaf, torch.Tensor) else leaf, self._call
-        )
-        structure, outputs = describe(self.captured(*args, **kwargs))
+        structure, outputs = describe(model_call(self.captured, self._sample, tensors))
         self._record(structure)
         return tuple(outputs)
 
@@ -146,8 +156,11 @@ def _export(
     shapes: Any = tuple(_torch_dims(axes, named=True) for axes in dims.values())
     for _ in range(4):
         try:
-            exported = torch.export.export(flat, tensors, dynamic_shapes=(shapes,), strict=False)
-            return functional(exported)
+            with quiet():
+                exported = torch.export.export(
+                    flat, tensors, dynamic_shapes=(shapes,), strict=False
+                )
+                return functional(exported)
         except torch._dynamo.exc.UserError as error:
             shapes = _refined(error, shapes, dims)
         except (InputError, CaptureError):
@@ -164,7 +177,9 @@ def _refined(
     text = str(error)
     if "Constraints violated" not in text and "Suggested fixes" not in text:
         raise _explain(error) from error
-    fixes = [line.strip() for line in text.split("Suggested fixes:")[-1].splitlines() if "=" in line]
+    fixes = [
+        line.strip() for line in text.split("Suggested fixes:")[-1].splitlines() if "=" in line
+    ]
     fixed = [line for line in fixes if line.split("=")[-1].strip().isdigit()]
     if fixed:
         raise CaptureError(
@@ -202,16 +217,17 @@ def _explain(error: Exception) -> CaptureError:
 
 def _user_line(error: BaseException) -> str:
     """The deepest frame outside torch and this package."""
+    foreign = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "contextlib")
     found = ""
-    for frame in inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []:
-        if not any(part in frame.filename for part in ("/torch/", "capture.py", "contextlib")):
-            found = f"{frame.filename}:{frame.lineno}, in {frame.function}"
+    for frame in traceback.extract_tb(error.__traceback__):
+        if not any(part in frame.filename for part in foreign):
+            found = f"{frame.filename}:{frame.lineno}, in {frame.name}"
     return found
 
 
 def _first_reason(text: str) -> str:
     reasons = [line.strip(" -") for line in text.splitlines() if "specialized" in line]
-    return reasons[0] if reasons else ""
+    return reasons[0].split(". ")[0] if reasons else ""
 
 
 def _torch_dims(axes: Mapping[int, Dim], *, named: bool) -> dict[int, Any] | None:
@@ -229,7 +245,9 @@ def _torch_dim(dim: Dim, named: bool) -> Any:
 def _named_dims(
     spec: DynamicShapes, tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, dict[int, Dim]]:
-    flat = {key: axes for name, item in spec.items() for key, axes in _leaf_specs(name, item, tensors)}
+    flat = {
+        key: axes for name, item in spec.items() for key, axes in _leaf_specs(name, item, tensors)
+    }
     unknown = [name for name in flat if name not in tensors]
     if unknown:
         raise UsageError(
@@ -252,7 +270,8 @@ def _leaf_specs(
     name: str, spec: Any, tensors: Mapping[str, torch.Tensor]
 ) -> Iterator[tuple[str, Any]]:
     """Specs of single tensors: a spec may mirror the structure of its input."""
-    if name in tensors or not isinstance(spec, Mapping | tuple | list):
+    nested = any(known.startswith(f"{name}_") for known in tensors)
+    if name in tensors or not nested or not isinstance(spec, Mapping | tuple | list):
         yield name, spec
         return
     items = spec.items() if isinstance(spec, Mapping) else enumerate(spec)
@@ -290,10 +309,13 @@ def _shorten_paths(graph: fx.Graph) -> None:
         stack = node.meta.get("nn_module_stack")
         if stack and id(stack) not in done:
             entries = list(stack.items())[1:]
-            done[id(stack)] = (stack, {
-                key: (path.removeprefix(prefix).removeprefix(_INNER), kind)
-                for key, (path, kind) in entries
-            })
+            done[id(stack)] = (
+                stack,
+                {
+                    key: (path.removeprefix(prefix).removeprefix(_INNER), kind)
+                    for key, (path, kind) in entries
+                },
+            )
         if stack:
             node.meta["nn_module_stack"] = done[id(stack)][1]
 

@@ -15,7 +15,9 @@ from resplice.dims import Dim, expression
 from resplice.program import Program
 
 
-def fresh_inputs(program: Program, *, seed: int = 0, second_size: bool = False) -> dict[str, torch.Tensor]:
+def fresh_inputs(
+    program: Program, *, seed: int = 0, second_size: bool = False
+) -> dict[str, torch.Tensor]:
     """Draw inputs.
 
     Args:
@@ -70,14 +72,18 @@ def _products(program: Program, sizes: dict[object, int]) -> dict[object, int]:
 
 
 def _all_symbols(program: Program) -> set[object]:
-    sizes = [s for n in program.placeholders for s in n.meta["val"].shape if isinstance(s, torch.SymInt)]
+    sizes = [
+        s for n in program.placeholders for s in n.meta["val"].shape if isinstance(s, torch.SymInt)
+    ]
     return {symbol for size in sizes for symbol in size.node.expr.free_symbols}
 
 
 def _solved(program: Program, symbol: object) -> int:
     """A symbol that stands in expressions only (h = 2*_h): solve for it."""
     for node in program.placeholders:
-        for size, actual in zip(node.meta["val"].shape, program.samples[node.name].shape, strict=True):
+        for size, actual in zip(
+            node.meta["val"].shape, program.samples[node.name].shape, strict=True
+        ):
             if isinstance(size, torch.SymInt) and size.node.expr.free_symbols == {symbol}:
                 return int(sympy.solve(size.node.expr - actual, symbol)[0])
     return 2
@@ -98,7 +104,9 @@ def _draw(sample: torch.Tensor, shape: list[int], generator: torch.Generator) ->
         low, high = int(sample.min()), int(sample.max()) + 1
         if _is_counting(sample):
             return _resized(sample, shape)
-        return torch.randint(low, max(high, low + 1), shape, generator=generator, dtype=sample.dtype)
+        return torch.randint(
+            low, max(high, low + 1), shape, generator=generator, dtype=sample.dtype
+        )
     wide = sample.float()
     spread = float(wide.std()) if sample.numel() > 1 else abs(float(wide.mean())) * 0.3
     drawn = torch.randn(shape, generator=generator) * (spread or 1.0) + float(wide.mean())
@@ -106,7 +114,11 @@ def _draw(sample: torch.Tensor, shape: list[int], generator: torch.Generator) ->
 
 
 def _is_mask(sample: torch.Tensor) -> bool:
-    return not sample.is_floating_point() and bool(((sample == 0) | (sample == 1)).all()) and sample.dim() > 1
+    return (
+        not sample.is_floating_point()
+        and bool(((sample == 0) | (sample == 1)).all())
+        and sample.dim() > 1
+    )
 
 
 def _is_counting(sample: torch.Tensor) -> bool:

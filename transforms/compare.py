@@ -58,7 +58,9 @@ def difference(reference: torch.Tensor, result: torch.Tensor) -> Difference:
         return Difference(-math.inf, math.inf, math.inf, finite=False)
     error, scale = (a - b).abs(), float(a.abs().max()) if a.numel() else 0.0
     worst = float(error.max()) if error.numel() else 0.0
-    return Difference(_sqnr(a, error), worst, worst / scale if scale else (math.inf if worst else 0.0))
+    return Difference(
+        _sqnr(a, error), worst, worst / scale if scale else (math.inf if worst else 0.0)
+    )
 
 
 def worst(differences: Sequence[Difference]) -> Difference:

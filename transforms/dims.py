@@ -16,7 +16,9 @@ import torch
 from resplice.errors import UsageError
 
 Size = int | str
-_TEXT = re.compile(r"^\s*(?:(\d+)\s*\*\s*)?([A-Za-z_]\w*(?:\*[A-Za-z_]\w*)*)\s*(?:=\s*(\d*)\s*:\s*(\d*)\s*)?$")
+_TEXT = re.compile(
+    r"^\s*(?:(\d+)\s*\*\s*)?([A-Za-z_]\w*(?:\*[A-Za-z_]\w*)*)\s*(?:=\s*(\d*)\s*:\s*(\d*)\s*)?$"
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Dim:
 
     @classmethod
     def parse(cls, value: object) -> Dim:
-        """Read `"seq"`, `"seq=2:2048"`, `"2*rows"`, `"frames*rows"`, a `torch.export.Dim` or a `Dim`.
+        """Read `"seq"`, `"seq=2:2048"`, `"2*rows"`, `"frames*rows"`, torch's `Dim` or ours.
 
         Raises:
             UsageError: The value names no dimension.

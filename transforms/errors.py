@@ -54,9 +54,7 @@ class BackendMissing(UsageError):
     def __init__(self, package: str, extra: str) -> None:
         """Name the missing package and the extra that brings it."""
         self.package, self.extra = package, extra
-        super().__init__(
-            f"{package} is not installed", hint=f"pip install 'resplice[{extra}]'"
-        )
+        super().__init__(f"{package} is not installed", hint=f"pip install 'resplice[{extra}]'")
 
 
 class CaptureError(RespliceError):
@@ -101,9 +99,7 @@ class NumericsError(RespliceError):
     ) -> None:
         """Keep the two numbers for callers that decide on them."""
         self.measured, self.bar = measured, bar
-        super().__init__(
-            f"{what}: measured {measured:.3g}, bar {bar:.3g}", where=where, hint=hint
-        )
+        super().__init__(f"{what}: measured {measured:.3g}, bar {bar:.3g}", where=where, hint=hint)
 
 
 class PassError(RespliceError):

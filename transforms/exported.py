@@ -144,7 +144,7 @@ def decompose(exported: ExportedProgram, table: dict[Any, Callable[..., Any]]) -
 
 
 def _without_guards(exported: ExportedProgram) -> ExportedProgram:
-    """Drop guards that speak of the captured wrapper's arguments; range constraints say the same."""
+    """Drop guards in terms of the captured wrapper's arguments; range constraints remain."""
     exported._guards_code = []
     return exported
 
@@ -227,7 +227,8 @@ def _lift_outputs(graph: fx.Graph, inputs: dict[str, InputSpec]) -> list[OutputS
     specs: list[OutputSpec] = []
     for node in [n for n in graph.nodes if n.target is aten.copy_.default]:
         target, value = node.args[0], node.args[1]
-        assert isinstance(target, fx.Node) and isinstance(value, fx.Node)
+        assert isinstance(target, fx.Node)
+        assert isinstance(value, fx.Node)
         spec = inputs[target.name]
         state = spec.kind is not InputKind.USER_INPUT
         kind = OutputKind.BUFFER_MUTATION if state else OutputKind.USER_INPUT_MUTATION

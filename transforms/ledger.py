@@ -103,7 +103,9 @@ def compare_programs(
 class _Run:
     """Interprets a program, yielding the values of chosen nodes as they appear."""
 
-    def __init__(self, program: Program, inputs: Mapping[str, torch.Tensor], chosen: set[str]) -> None:
+    def __init__(
+        self, program: Program, inputs: Mapping[str, torch.Tensor], chosen: set[str]
+    ) -> None:
         self.program, self.chosen = program, chosen
         self.inputs = inputs
         self.results: tuple[torch.Tensor, ...] = ()

@@ -1,4 +1,4 @@
-"""Whether passes may run in a given order: decided by facts and declared order, never by names alone."""
+"""Whether passes may run in a given order: decided by facts and declared order."""
 
 from __future__ import annotations
 
@@ -38,7 +38,11 @@ def check(passes: Sequence[Pass], facts: Facts) -> None:
     if problem is None:
         return
     order = legal_order(passes, facts)
-    hint = f"a legal order is {','.join(map(str, order))}" if order else "no order of these passes is legal"
+    hint = (
+        f"a legal order is {','.join(map(str, order))}"
+        if order
+        else "no order of these passes is legal"
+    )
     raise CompositionError(problem, where=",".join(map(str, passes)), hint=hint)
 
 
@@ -65,7 +69,11 @@ def _first_problem(passes: Sequence[Pass], facts: Facts) -> str | None:
     for index, item in enumerate(passes):
         for kind in item.needs:
             if kind not in held:
-                blame = f"which {broken_by[kind]} broke" if kind in broken_by else "which does not hold for this model"
+                blame = (
+                    f"which {broken_by[kind]} broke"
+                    if kind in broken_by
+                    else "which does not hold for this model"
+                )
                 return f'{item.name} needs "{kind.title}", {blame}'
         late = [name for name in names[index + 1 :] if name in item.after]
         early = [name for name in names[:index] if name in item.before]

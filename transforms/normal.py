@@ -78,17 +78,29 @@ def _drop_dropout(program: Program, node: fx.Node) -> fx.Node | None:
 def _drop_slice(program: Program, node: fx.Node) -> fx.Node | None:
     if node.target is not aten.slice.Tensor:
         return None
-    return _unless_returned(node, node.args[0]) if same_shape(node.meta["val"], node.args[0].meta["val"]) else None
+    return (
+        _unless_returned(node, node.args[0])
+        if same_shape(node.meta["val"], node.args[0].meta["val"])
+        else None
+    )
 
 
 def _drop_expand(program: Program, node: fx.Node) -> fx.Node | None:
     shapely = node.target in (aten.expand.default, aten.reshape.default, *_VIEWS)
-    return _unless_returned(node, node.args[0]) if shapely and same_shape(node.meta["val"], node.args[0].meta["val"]) else None
+    return (
+        _unless_returned(node, node.args[0])
+        if shapely and same_shape(node.meta["val"], node.args[0].meta["val"])
+        else None
+    )
 
 
 def _drop_neutral(program: Program, node: fx.Node) -> fx.Node | None:
     """`mul(x, 1)` and integer `add(x, 0)`; a float `add` would turn -0.0 into 0.0."""
-    integer = not _dtype(node).is_floating_point if isinstance(node.meta.get("val"), torch.Tensor) else False
+    integer = (
+        not _dtype(node).is_floating_point
+        if isinstance(node.meta.get("val"), torch.Tensor)
+        else False
+    )
     neutral = (node.target is aten.mul.Tensor and node.args[1] == 1) or (
         node.target in (aten.add.Tensor, aten.sub.Tensor) and integer and node.args[1] == 0
     )
@@ -119,7 +131,7 @@ def _slice_to_the_end(program: Program, node: fx.Node) -> fx.Node | None:
     """`slice(x, d, s, size)` -> `slice(x, d, s, end)`; negative static bounds become positive."""
     if node.target is not aten.slice.Tensor:
         return None
-    _, dim, start, end, step = [*node.args, *(0, None, None, 1)[len(node.args) - 1:]]
+    _, dim, start, end, step = [*node.args, *(0, None, None, 1)[len(node.args) - 1 :]]
     size = node.args[0].meta["val"].shape[dim]  # type: ignore[union-attr, index]  # a node, an int
     new = (_bound(start, size, 0), _bound(end, size, _END))
     if (start, end) != new or len(node.args) < 4:

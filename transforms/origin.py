@@ -65,8 +65,9 @@ def describe_target(node: Node) -> str:
 
 
 def _source(trace: str | None) -> str:
-    frames = [m for m in _FRAME.finditer(trace or "")]
-    users = [m for m in frames if not any(own in m["file"] for own in _OWN_FRAMES)]
+    users = [
+        m for m in _FRAME.finditer(trace or "") if not any(own in m["file"] for own in _OWN_FRAMES)
+    ]
     if not users:
         return ""
     last = users[-1]

@@ -57,7 +57,7 @@ class Redefines:
 Meaning = Exact | Approx | Redefines
 
 
-def option(default: Any, help: str, *, choices: tuple[Any, ...] = ()) -> Any:  # noqa: A002  # the field's own word
+def option(default: Any, help: str, *, choices: tuple[Any, ...] = ()) -> Any:
     """A pass option: a dataclass field with a help line and, if closed, its choices."""
     return field(default=default, metadata={"help": help, "choices": choices})
 
@@ -95,7 +95,9 @@ class Pass(ABC):
             choices, value = f.metadata.get("choices"), getattr(self, f.name)
             if choices and value not in choices:
                 listed = ", ".join(map(str, choices))
-                raise SpecError(f"{self.name}: {option_name(f.name)}={value} is not one of {listed}")
+                raise SpecError(
+                    f"{self.name}: {option_name(f.name)}={value} is not one of {listed}"
+                )
 
     @property
     def meaning(self) -> Meaning:

@@ -206,7 +206,11 @@ class _Search:
             yield from self._call(term, actual, state)
         elif isinstance(term, list):
             yield from self._list(term, actual, state)
-        elif isinstance(actual, fx.Node) or term != actual or isinstance(term, bool) != isinstance(actual, bool):
+        elif (
+            isinstance(actual, fx.Node)
+            or term != actual
+            or isinstance(term, bool) != isinstance(actual, bool)
+        ):
             self.fail(f"expected {term!r}, found {actual}", _node(actual), depth=len(state.nodes))
         else:
             yield state
@@ -217,7 +221,11 @@ class _Search:
                 yield state
             else:
                 known = state.bindings[term.name]
-                self.fail(f"{term.name} is both {known} and {actual}", _node(actual), depth=len(state.nodes))
+                self.fail(
+                    f"{term.name} is both {known} and {actual}",
+                    _node(actual),
+                    depth=len(state.nodes),
+                )
             return
         reason = term.where(actual) if term.where else None
         if reason:
@@ -228,7 +236,9 @@ class _Search:
     def _call(self, term: Call, actual: Any, state: _State) -> Iterator[_State]:
         found = target_name(actual) if isinstance(actual, fx.Node) else repr(actual)
         if found != term.target:
-            self.fail(f"expected {term.target}, found {found}", _node(actual), depth=len(state.nodes))
+            self.fail(
+                f"expected {term.target}, found {found}", _node(actual), depth=len(state.nodes)
+            )
             return
         inner = _State(state.bindings, (*state.nodes, (actual, term.may_share)))
         for arguments in _orders(term, positional(actual)):
@@ -237,18 +247,26 @@ class _Search:
     def _arguments(
         self, term: Call, actual: list[Any], node: fx.Node, state: _State
     ) -> Iterator[_State]:
+        problem = _bad_arguments(term, node, len(actual))
+        if problem:
+            self.fail(problem, node, depth=len(state.nodes))
+            return
         wanted, rest_free = _wanted(term, node)
         pairs = list(zip(wanted, actual, strict=False))
         if not rest_free:
-            for value, default in list(zip(actual, _defaults(node), strict=True))[len(wanted):]:
+            for value, default in list(zip(actual, _defaults(node), strict=True))[len(wanted) :]:
                 if not _equal(value, default):
-                    self.fail(f"{term.target} has an extra argument {value}", node, depth=len(state.nodes))
+                    self.fail(
+                        f"{term.target} has an extra argument {value}", node, depth=len(state.nodes)
+                    )
                     return
         yield from self._all(pairs, state)
 
     def _list(self, term: list[Any], actual: Any, state: _State) -> Iterator[_State]:
         if not isinstance(actual, list | tuple) or len(actual) != len(term):
-            self.fail(f"expected a list of {len(term)}, found {actual}", None, depth=len(state.nodes))
+            self.fail(
+                f"expected a list of {len(term)}, found {actual}", None, depth=len(state.nodes)
+            )
             return
         yield from self._all(list(zip(term, actual, strict=True)), state)
 
@@ -273,10 +291,8 @@ def positional(node: fx.Node) -> list[Any]:
     schema = _schema(node)
     if schema is None:
         return list(node.args)
-    values = list(node.args)
-    for argument in schema.arguments[len(values):]:
-        values.append(node.kwargs.get(argument.name, argument.default_value))
-    return values
+    rest = schema.arguments[len(node.args) :]
+    return [*node.args, *(node.kwargs.get(a.name, a.default_value) for a in rest)]
 
 
 def argument(node: fx.Node, name: str) -> Any:
@@ -301,15 +317,27 @@ def _wanted(term: Call, node: fx.Node) -> tuple[list[Any], bool]:
     wanted = list(term.args)
     free = bool(wanted) and wanted[-1] is ...
     wanted = [ANY if item is ... else item for item in (wanted[:-1] if free else wanted)]
-    schema = _schema(node)
     for name, value in term.kwargs:
-        names = [a.name for a in schema.arguments] if schema else []
-        if name not in names:
-            return [*wanted, Var("_", lambda _: f"{term.target} has no argument {name}")], free
-        position, defaults = names.index(name), _defaults(node)
-        wanted += [ANY if free else d for d in defaults[len(wanted):position]]
-        wanted[position:] = [value]
+        position, defaults = _names(node).index(name), _defaults(node)
+        wanted += [ANY if free else d for d in defaults[len(wanted) : position]]
+        wanted[position : position + 1] = [value]
     return wanted, free
+
+
+def _bad_arguments(term: Call, node: fx.Node, count: int) -> str | None:
+    """Why a term's own arguments don't fit the op, if they don't."""
+    unknown = [name for name, _ in term.kwargs if name not in _names(node)]
+    if unknown:
+        return f"{term.target} has no argument {unknown[0]}"
+    given = len(term.args) - (bool(term.args) and term.args[-1] is ...)
+    return (
+        f"{term.target} takes {count} arguments, the pattern has {given}" if given > count else None
+    )
+
+
+def _names(node: fx.Node) -> list[str]:
+    schema = _schema(node)
+    return [a.name for a in schema.arguments] if schema else []
 
 
 def _orders(term: Call, arguments: list[Any]) -> Iterator[list[Any]]:
@@ -323,7 +351,7 @@ def _equal(left: Any, right: Any) -> bool:
         return left is right or _same_constant(left, right)
     if isinstance(left, list | tuple) and isinstance(right, list | tuple):
         return len(left) == len(right) and all(map(_equal, left, right))
-    return type(left) is type(right) and bool(left == right) or (
+    return (type(left) is type(right) and bool(left == right)) or (
         not isinstance(left, bool) and not isinstance(right, bool) and bool(left == right)
     )
 

@@ -125,7 +125,9 @@ def _apply(
         verify(draft)
         _keeps_promises(item, program, draft)
     except (VerifyError, OpError) as error:
-        raise PassError(item.name, error.what, ran=ran, where=error.where, hint=error.hint) from error
+        raise PassError(
+            item.name, error.what, ran=ran, where=error.where, hint=error.hint
+        ) from error
     except RespliceError:
         raise
     except Exception as error:
@@ -147,7 +149,11 @@ def _keeps_promises(item: Pass, before: Program, after: Program) -> None:
 
 
 def _checked(
-    original: Program, current: Program, item: Pass, changes: Sequence[Change], steps: Sequence[Step]
+    original: Program,
+    current: Program,
+    item: Pass,
+    changes: Sequence[Change],
+    steps: Sequence[Step],
 ) -> Ledger:
     inputs = {**current.sample_tensors(), **original.sample_tensors()}
     ledger = compare_programs(original, current, inputs, after=str(item))
@@ -172,7 +178,9 @@ def hold_to_meaning(
         bar = exact_bar(original) + (was.relative if was else 0.0)
         if now.relative > bar:
             culprit = next((e for e in ledger.entries if e.difference.relative > bar), None)
-            place = f"first at {culprit.node} in {culprit.module} ({culprit.source})" if culprit else ""
+            place = (
+                f"first at {culprit.node} in {culprit.module} ({culprit.source})" if culprit else ""
+            )
             raise NumericsError(
                 f"{item.name} declares itself exact but moved the output",
                 measured=now.relative, bar=bar, where=place,

@@ -63,7 +63,9 @@ def backend(name: str) -> Any:
         BackendMissing: Its packages are not installed.
     """
     if name not in BACKENDS:
-        raise UsageError(f"there is no backend {name!r}", hint=f"backends are {', '.join(BACKENDS)}")
+        raise UsageError(
+            f"there is no backend {name!r}", hint=f"backends are {', '.join(BACKENDS)}"
+        )
     return load(BACKENDS[name])()
 
 

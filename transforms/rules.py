@@ -53,19 +53,33 @@ def apply_rules(
     """
     change = Change(rules={rule.name: RuleStats() for rule in rules})
     patterns = [(rule, rule.pattern()) for rule in rules]
-    queue, refused = list(program.graph.nodes), set[str]()
+    refused, before = set[tuple[str, fx.Node]](), -1
+    while before != change.count:  # a rewrite may let a node match that was tried before it
+        before = change.count
+        _sweep(program, patterns, context, pass_name, change, refused)
+    program.drop_unused_weights()
+    program.module.recompile()
+    return change
+
+
+def _sweep(
+    program: Program,
+    patterns: Sequence[tuple[Rule, Any]],
+    context: Context,
+    pass_name: str,
+    change: Change,
+    refused: set[tuple[str, fx.Node]],
+) -> None:
+    """Try every rule on every node once, the nodes made on the way included."""
+    queue = list(program.graph.nodes)
     for node in queue:
-        if len(change.sites) > _TOO_MANY:
+        if change.count > _TOO_MANY:
             raise PassError(pass_name, "its rules never stop matching")
         for rule, term in patterns:
             if node.op != "call_function" or node._erased:
                 break
-            if (rule.name + node.name) in refused:
-                continue
-            queue += _try(program, rule, term, node, context, pass_name, change, refused)
-    program.drop_unused_weights()
-    program.module.recompile()
-    return change
+            if (rule.name, node) not in refused:
+                queue += _try(program, rule, term, node, context, pass_name, change, refused)
 
 
 def _try(
@@ -76,7 +90,7 @@ def _try(
     context: Context,
     pass_name: str,
     change: Change,
-    refused: set[str],
+    refused: set[tuple[str, fx.Node]],
 ) -> list[fx.Node]:
     stats, start = change.rules[rule.name], time.perf_counter()
     stats.tried += 1
@@ -91,7 +105,7 @@ def _try(
     except NoMatch as miss:
         if found is not None:
             change.refuse(node, miss.reason)
-            refused.add(rule.name + node.name)
+            refused.add((rule.name, node))
         elif miss.depth > stats.near_miss_depth:
             stats.near_miss, stats.near_miss_depth = str(miss), miss.depth
         return []
@@ -115,12 +129,17 @@ def _replace(
 
 
 def replace_node(program: Program, old: fx.Node, new: fx.Node, pass_name: str = "") -> None:
-    """Put `new` in the place of `old`: uses, provenance and name (so that ledgers line up)."""
+    """Put `new` in the place of `old`: uses, provenance and name (so that ledgers line up).
+
+    A node that was there before the rewrite keeps its own provenance and name.
+    """
+    fresh = not new.users
     old.replace_all_uses_with(new)
-    inherit(new, old, pass_name)
+    if fresh:
+        inherit(new, old, pass_name)
     if not old.users:
         program.graph.erase_node(old)
-        if new.op == "call_function":
+        if fresh and new.op == "call_function":
             new.name = old.name
 
 

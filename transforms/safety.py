@@ -18,7 +18,9 @@ import torch
 
 from resplice.errors import CaptureError
 
-_TARGET = re.compile(r"(torch\.ops\.\w+(\.\w+)*|_operator\.\w+|math\.\w+|torch\.(_?sym_\w+|_check))$")
+_TARGET = re.compile(
+    r"(torch\.ops\.\w+(\.\w+)*|_operator\.\w+|math\.\w+|torch\.(_?sym_\w+|_check))$"
+)
 _FUNCTIONS = frozenset(
     {"Mod", "PythonMod", "FloorDiv", "CleanDiv", "CeilDiv", "IntTrueDiv", "FloatTrueDiv", "ToFloat",
      "Max", "Min", "Eq", "Ne", "Le", "Lt", "Ge", "Gt", "Where", "Abs", "And", "Or", "Not",
@@ -91,4 +93,6 @@ def _is_arithmetic(text: str) -> bool:
     words = re.findall(r"[A-Za-z_]\w*", text)
     plain = re.fullmatch(r"[\w\s+\-*/(),<>=!&|~.']*", text) and "__" not in text
     attributes = re.search(r"[A-Za-z_)]\w*\s*\.", text)
-    return bool(plain) and not attributes and all(w in _FUNCTIONS or _SYMBOL.match(w) for w in words)
+    return (
+        bool(plain) and not attributes and all(w in _FUNCTIONS or _SYMBOL.match(w) for w in words)
+    )

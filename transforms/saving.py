@@ -106,7 +106,10 @@ def load(path: str | Path, *, allow_pickle: bool = False) -> Program:
     for name, inputs in metadata["weight_inputs"].items():
         stored = metadata["functions"][name]
         module = close(
-            contents.exported_programs[name], CallSpec.from_json(stored["call"]).tensor_names, inputs, main
+            contents.exported_programs[name],
+            CallSpec.from_json(stored["call"]).tensor_names,
+            inputs,
+            main,
         )
         main.functions[name] = _with_metadata(module, stored, main.samples)
     main.drop_unused_weights()
@@ -150,7 +153,9 @@ def _with_metadata(
 
 def _foreign(exported: ExportedProgram) -> Program:
     """A program saved by torch.export.save: inputs by their own names, a flat tuple of outputs."""
-    users = [s.arg.name for s in exported.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
+    users = [
+        s.arg.name for s in exported.graph_signature.input_specs if s.kind is InputKind.USER_INPUT
+    ]
     samples = pytree.tree_leaves(exported.example_inputs) if exported.example_inputs else []
     if len(samples) != len(users) or not all(isinstance(s, torch.Tensor) for s in samples):
         raise CaptureError(
@@ -162,5 +167,11 @@ def _foreign(exported: ExportedProgram) -> Program:
     count = len(module.graph.output_node().args[0])  # type: ignore[arg-type]  # a tuple of nodes
     outputs = {"type": "builtins:tuple", "names": None, "items": ["*"] * count}
     call = CallSpec(tuple(users), leaves, outputs)
-    facts = Facts(FloatWeights()) if all(p.is_floating_point() for p in module.parameters()) else Facts()
-    return Program(module=module, call=call, samples=dict(zip(users, samples, strict=True)), facts=facts)
+    facts = (
+        Facts(FloatWeights())
+        if all(p.is_floating_point() for p in module.parameters())
+        else Facts()
+    )
+    return Program(
+        module=module, call=call, samples=dict(zip(users, samples, strict=True)), facts=facts
+    )

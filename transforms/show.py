@@ -1,9 +1,9 @@
 """The stable text form of a program: our own, because FX's printing changes between versions.
 
-    program(input_ids: i64[batch,seq]) where batch=1:8, seq
-    %0 = weight("model.embed_tokens.weight"): f32[128,64]
-    %1 = aten.embedding(%0, input_ids): f32[batch,seq,64]
-    return %1
+program(input_ids: i64[batch,seq]) where batch=1:8, seq
+%0 = weight("model.embed_tokens.weight"): f32[128,64]
+%1 = aten.embedding(%0, input_ids): f32[batch,seq,64]
+return %1
 """
 
 from __future__ import annotations

@@ -74,7 +74,11 @@ def _from_factory(text: str) -> tuple[nn.Module, Sample, DynamicShapes]:
         raise
     except Exception as error:
         raise CaptureError(f"{text} raised {type(error).__name__}: {error}") from error
-    if not isinstance(result, tuple) or len(result) not in (3, 4) or not isinstance(result[0], nn.Module):
+    if (
+        not isinstance(result, tuple)
+        or len(result) not in (3, 4)
+        or not isinstance(result[0], nn.Module)
+    ):
         raise UsageError(
             f"{text} returned {type(result).__name__}, not a model with inputs",
             hint="return (model, args, kwargs) or (model, args, kwargs, dynamic_shapes)",

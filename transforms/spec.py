@@ -1,7 +1,8 @@
 """Pipeline text: `quest{weight-bits=1},sta{tile=6,8,8 window=3,3,3}` <-> passes.
 
 Grammar: `pass ("," pass)*`; `pass = name ["{" (key "=" value)* "}"]`; `value = item ("," item)*`;
-item = number | true | false | word | "quoted". Errors point a caret at the column.
+item = number | true | false | none | word | "quoted"; `none` alone is also the empty tuple. Errors
+point a caret at the column.
 """
 
 from __future__ import annotations
@@ -44,13 +45,21 @@ def print_pass(item: Pass) -> str:
     return item.name + (f"{{{' '.join(changed)}}}" if changed else "")
 
 
+class Quoted(str):
+    """A quoted value: always text, so `"none"` is not nothing."""
+
+    __slots__ = ()
+
+
 def _print_value(value: Any) -> str:
+    if value is None or value == ():
+        return "none"
     if isinstance(value, tuple):
         return ",".join(map(_print_value, value))
     if isinstance(value, bool):
         return str(value).lower()
     text = str(value)
-    plain = re.fullmatch(r'[^\s{}=,"]+', text)
+    plain = re.fullmatch(r'[^\s{}=,"]+', text) and text != "none"
     return text if plain else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
@@ -83,7 +92,9 @@ class _Parser:
             self.index += 1
             while self.peek() != "}":
                 if self.peek() is None:
-                    raise SpecError("expected '}', found the end", text=self.text, column=len(self.text))
+                    raise SpecError(
+                        "expected '}', found the end", text=self.text, column=len(self.text)
+                    )
                 self.option(cls, values)
             self.index += 1
         try:
@@ -97,8 +108,12 @@ class _Parser:
         key = key.replace("_", "-")
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"options are {', '.join(known) or 'none'}"
-            raise SpecError(f"{cls.name} has no option {key!r}", text=self.text, column=column, hint=hint)
+            hint = (
+                f"did you mean {near[0]}?" if near else f"options are {', '.join(known) or 'none'}"
+            )
+            raise SpecError(
+                f"{cls.name} has no option {key!r}", text=self.text, column=column, hint=hint
+            )
         if known[key] in values:
             raise SpecError(f"{cls.name}: {key} is given twice", text=self.text, column=column)
         self.expect("=", f"after {key}")
@@ -116,9 +131,11 @@ class _Parser:
     def item(self) -> str:
         kind, text, _ = self.next("a value")
         if kind == "quoted":
-            return re.sub(r"\\(.)", r"\1", text[1:-1])
+            return Quoted(re.sub(r"\\(.)", r"\1", text[1:-1]))
         if kind != "word":
-            raise SpecError(f"expected a value, found {text!r}", text=self.text, column=self.column(-1))
+            raise SpecError(
+                f"expected a value, found {text!r}", text=self.text, column=self.column(-1)
+            )
         return text
 
     def word(self, wanted: str) -> tuple[str, int]:
@@ -130,11 +147,15 @@ class _Parser:
     def expect(self, symbol: str, wanted: str) -> None:
         _, text, column = self.next(f"{symbol!r} {wanted}")
         if text != symbol:
-            raise SpecError(f"expected {symbol!r} {wanted}, found {text!r}", text=self.text, column=column)
+            raise SpecError(
+                f"expected {symbol!r} {wanted}, found {text!r}", text=self.text, column=column
+            )
 
     def next(self, wanted: str) -> tuple[str, str, int]:
         if self.index >= len(self.tokens):
-            raise SpecError(f"expected {wanted}, found the end", text=self.text, column=len(self.text))
+            raise SpecError(
+                f"expected {wanted}, found the end", text=self.text, column=len(self.text)
+            )
         self.index += 1
         return self.tokens[self.index - 1]
 
@@ -154,6 +175,11 @@ def convert(items: list[str], kind: Any) -> Any:
         ValueError: Says what was expected.
     """
     origin, args = get_origin(kind), get_args(kind)
+    nothing = len(items) == 1 and items[0] == "none" and not isinstance(items[0], Quoted)
+    if origin in (Union, types.UnionType):
+        return None if nothing and type(None) in args else _first_fitting(items, args)
+    if origin is tuple and nothing and args[1:] in ((), (...,)):
+        return ()
     if origin is tuple:
         inner = args[0]
         if len(args) > 1 and args[1] is not ... and len(items) != len(args):
@@ -162,8 +188,6 @@ def convert(items: list[str], kind: Any) -> Any:
     if len(items) != 1:
         raise ValueError(f"takes one value, got {len(items)}")
     (item,) = items
-    if origin in (Union, types.UnionType):
-        return _first_fitting(item, args)
     if origin is Literal:
         if item not in map(str, args):
             raise ValueError(f"must be one of {', '.join(map(str, args))}, not {item!r}")
@@ -171,15 +195,13 @@ def convert(items: list[str], kind: Any) -> Any:
     return _scalar(item, kind)
 
 
-def _first_fitting(item: str, kinds: tuple[Any, ...]) -> Any:
-    if item == "none" and type(None) in kinds:
-        return None
+def _first_fitting(items: list[str], kinds: tuple[Any, ...]) -> Any:
     for kind in (k for k in kinds if k is not type(None)):
         try:
-            return convert([item], kind)
+            return convert(items, kind)
         except ValueError:
             continue
-    raise ValueError(f"can't be {item!r}")
+    raise ValueError(f"can't be {','.join(items)!r}")
 
 
 def _scalar(item: str, kind: Any) -> Any:
@@ -188,8 +210,8 @@ def _scalar(item: str, kind: Any) -> Any:
             raise ValueError(f"must be true or false, not {item!r}")
         return item == "true"
     try:
-        return kind(item)
+        return kind(str(item))
     except ValueError:
-        raise ValueError(f"must be {'a whole number' if kind is int else 'a number'}, not {item!r}") from None
-
-
+        raise ValueError(
+            f"must be {'a whole number' if kind is int else 'a number'}, not {item!r}"
+        ) from None

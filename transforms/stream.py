@@ -45,7 +45,9 @@ class Stream:
             PassError: The site has been executed already; visit sites in graph order.
         """
         if site in self._done:
-            raise PassError("stream", f"{site.name} is behind the stream; visit sites in graph order")
+            raise PassError(
+                "stream", f"{site.name} is behind the stream; visit sites in graph order"
+            )
         for node in self.program.graph.nodes:
             if node is site:
                 break

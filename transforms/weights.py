@@ -75,7 +75,9 @@ def key(value: torch.Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]
 
 def total_bytes(root: nn.Module) -> int:
     """Bytes of all distinct storages."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for _, t in named(root)}
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for _, t in named(root)
+    }
     return sum(storages.values())
 
 

@@ -52,7 +52,9 @@ class OnnxArtifact(Artifact):
         except Exception as error:
             raise InputError(f"onnxruntime: {error}", where=str(self.path)) from error
         names = [item.name for item in session.get_outputs()]
-        return {name: torch.from_numpy(np.asarray(r)) for name, r in zip(names, results, strict=True)}
+        return {
+            name: torch.from_numpy(np.asarray(r)) for name, r in zip(names, results, strict=True)
+        }
 
     def session(self, function: str = "main") -> Any:
         """The onnxruntime session of one function, made on first use.
@@ -61,7 +63,11 @@ class OnnxArtifact(Artifact):
             LoweringError: onnxruntime does not accept the model.
         """
         if function not in self._sessions:
-            name = self.path.name if function == "main" else f"{self.path.stem}.{function}{self.path.suffix}"
+            name = (
+                self.path.name
+                if function == "main"
+                else f"{self.path.stem}.{function}{self.path.suffix}"
+            )
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 3
             options.intra_op_num_threads = self.threads

@@ -33,7 +33,12 @@ class OnnxBackend:
     options = OnnxOptions
 
     def lower(
-        self, program: Program, path: str | Path, options: OnnxOptions | None = None, *, check: bool = True
+        self,
+        program: Program,
+        path: str | Path,
+        options: OnnxOptions | None = None,
+        *,
+        check: bool = True,
     ) -> OnnxArtifact:
         """Write `path` (and a `.data` file beside it for large weights).
 
@@ -58,10 +63,12 @@ class OnnxBackend:
                 exported, found = lower_program(function, options)
                 errors, notes[name] = errors + found["errors"], found
                 model = export_model(exported, function, options.opset)
-                _describe(model, function, _bar(found["errors"]))
+                _describe(model, function, _bar(found.pop("errors")))
                 file = stage / _file_name(target, name)
                 _save(model, file, function, options, shared)
-            artifact = OnnxArtifact(stage / target.name, _bar(errors), notes, threads=options.threads)
+            artifact = OnnxArtifact(
+                stage / target.name, _bar(errors), notes, threads=options.threads
+            )
             if check:
                 notes["check"] = _check(artifact, program)
         artifact.path = target
@@ -87,7 +94,9 @@ def _file_name(target: Path, function: str) -> str:
 def _describe(model: ir.Model, program: Program, bar: float) -> None:
     """Name the dimensions and store what a later tool needs to know."""
     stored = {**program_metadata(program), "bar": bar}
-    model.metadata_props.update({f"resplice.{key}": json.dumps(value) for key, value in stored.items()})
+    model.metadata_props.update(
+        {f"resplice.{key}": json.dumps(value) for key, value in stored.items()}
+    )
     for value, port in zip(model.graph.inputs, program.inputs, strict=True):
         value.shape = ir.Shape(port.shape)
     for value, port in zip(model.graph.outputs, program.outputs, strict=True):
@@ -97,7 +106,9 @@ def _describe(model: ir.Model, program: Program, bar: float) -> None:
 def _save(
     model: ir.Model, file: Path, program: Program, options: OnnxOptions, shared: _SharedWeights
 ) -> None:
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    size = sum(
+        v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None
+    )
     reused = shared.reuse(model, program)
     if size <= options.external_above and not reused:
         ir.save(model, file)

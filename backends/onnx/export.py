@@ -9,8 +9,6 @@ On SmolLM2-135M this takes the export from minutes to seconds.
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -25,6 +23,7 @@ from torch.onnx._internal.exporter import _decomp, _fx_passes, _registration
 
 from resplice.errors import LoweringError
 from resplice.program import Program
+from resplice.quiet import quiet
 from resplice.repairs.base import replaced
 
 _SYMBOLIC = "onnx_symbolic"
@@ -37,7 +36,7 @@ def export_model(exported: ExportedProgram, program: Program, opset: int | None)
         LoweringError: Lists the operators that have no translation.
     """
     try:
-        with _quiet(), _shortcuts(exported):
+        with quiet(), _shortcuts(exported):
             result = torch.onnx.export(
                 exported,
                 input_names=[port.name for port in program.inputs],
@@ -97,7 +96,10 @@ def _all_translatable(nodes: list[fx.Node]) -> bool:
 
 def _promotes(node: fx.Node) -> bool:
     """Whether an elementwise operator mixes dtypes or computes in another one."""
-    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.pointwise not in node.target.tags:
+    if (
+        not isinstance(node.target, torch._ops.OpOverload)
+        or torch.Tag.pointwise not in node.target.tags
+    ):
         return False
     if node.target in (torch.ops.aten.where.self, torch.ops.aten._to_copy.default):
         return False
@@ -120,19 +122,3 @@ def _problems(error: BaseException) -> list[str]:
         found += chosen[:5] or lines[:1]
         current = current.__cause__
     return list(dict.fromkeys(found))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter's advice is for people who call it by hand."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -50,8 +50,8 @@ def _refuse_effects(program: Program) -> None:
         raise LoweringError(
             "onnx",
             problems,
-            hint="ONNX graphs have no state and the exporter drops such writes silently: capture in "
-            "eval mode, or pass the state as an input and return it",
+            hint="ONNX graphs have no state and the exporter drops such writes silently: capture "
+            "in eval mode, or pass the state as an input and return it",
         )
 
 

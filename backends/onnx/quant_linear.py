@@ -8,7 +8,6 @@ One-bit weights become the two-bit codes 1 and 3, 3-bit weights are stored in 4-
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor, fx
 
@@ -47,9 +46,15 @@ def _fused(
     block = group or _DEFAULT_BLOCK
     field = {1: 2, 3: 4}.get(bits, bits)
     blocks = -(-size // block)
-    packed = _blocked(_fields(build.program.weight(codes), bits, field, size), blocks * block, field)
+    packed = _blocked(
+        _fields(build.program.weight(codes), bits, field, size), blocks * block, field
+    )
     scales = build.program.weight(step)
-    scales = (scales / 2 if bits == 1 else scales).expand(rows, blocks) if group == 0 or bits == 1 else scales
+    scales = (
+        (scales / 2 if bits == 1 else scales).expand(rows, blocks)
+        if group == 0 or bits == 1
+        else scales
+    )
     name = str(codes.target)
     if build.options.accuracy_level == 4:
         build.error = LEVEL_4_ERROR

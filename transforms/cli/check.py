@@ -21,9 +21,13 @@ Run = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
 def check(
-    reference: Annotated[str, typer.Argument(metavar="A", help="the reference: .onnx or any MODEL")],
+    reference: Annotated[
+        str, typer.Argument(metavar="A", help="the reference: .onnx or any MODEL")
+    ],
     candidate: Annotated[str, typer.Argument(metavar="B", help="what is checked against it")],
-    inputs: Annotated[Path | None, typer.Option(help=".npz with named inputs; default: random")] = None,
+    inputs: Annotated[
+        Path | None, typer.Option(help=".npz with named inputs; default: random")
+    ] = None,
     bar: Annotated[float, typer.Option(help="largest error relative to the output scale")] = 1e-4,
     seed: Annotated[int, typer.Option(help="seed of the random inputs")] = 0,
     allow_pickle: AllowPickle = False,
@@ -55,7 +59,9 @@ def _open(text: str, allow_pickle: bool) -> tuple[Run, Program | None]:
         program.check_inputs(inputs)
         names = [port.name for port in program.outputs]
         with torch.no_grad():
-            return dict(zip(names, program.run({k: v.clone() for k, v in inputs.items()}), strict=True))
+            return dict(
+                zip(names, program.run({k: v.clone() for k, v in inputs.items()}), strict=True)
+            )
 
     return run, program
 

@@ -9,7 +9,15 @@ import typer
 
 from resplice import registry
 from resplice.api import Optimized, optimize
-from resplice.cli.options import AllowPickle, Dynamic, Json, Model, as_options, batches_from, open_model
+from resplice.cli.options import (
+    AllowPickle,
+    Dynamic,
+    Json,
+    Model,
+    as_options,
+    batches_from,
+    open_model,
+)
 from resplice.cli.output import emit, mebibytes, working
 
 
@@ -17,14 +25,20 @@ def convert(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="the file to write")],
     to: Annotated[str, typer.Option(help="backend (onnx), or pt2 for the program itself")] = "onnx",
-    passes: Annotated[str, typer.Option("--passes", "-p", help="pipeline text; none: only lower")] = "",
+    passes: Annotated[
+        str, typer.Option("--passes", "-p", help="pipeline text; none: only lower")
+    ] = "",
     check: Annotated[
         bool, typer.Option(help="hold passes and artefact to their declared error")
     ] = True,
-    report: Annotated[Path | None, typer.Option(help="folder for report.json and report.html")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="folder for report.json and report.html")
+    ] = None,
     calibration: Annotated[Path | None, typer.Option(help="folder of .npz batches")] = None,
     dynamic: Dynamic = None,
-    portable: Annotated[bool | None, typer.Option("--portable", help="standard ONNX operators only")] = None,
+    portable: Annotated[
+        bool | None, typer.Option("--portable", help="standard ONNX operators only")
+    ] = None,
     accuracy_level: Annotated[
         int | None, typer.Option(help="MatMulNBits: 4 int8 activations (fast), 0 float")
     ] = None,

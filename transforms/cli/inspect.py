@@ -36,7 +36,9 @@ def passes(
 
 def show(
     model: Model,
-    origins: Annotated[bool, typer.Option("--origins", help="append module and source line")] = False,
+    origins: Annotated[
+        bool, typer.Option("--origins", help="append module and source line")
+    ] = False,
     dynamic: Dynamic = None,
     allow_pickle: AllowPickle = False,
     json: Json = False,
@@ -97,7 +99,9 @@ def _pass_text(item: dict[str, Any]) -> str:
         (o["name"], str(o["default"]), ", ".join(map(str, o["choices"])) or o["type"], o["help"])
         for o in item["options"]
     ]
-    return "\n".join(lines) + ("\n\n" + table(rows, ("option", "default", "values", "")) if rows else "")
+    return "\n".join(lines) + (
+        "\n\n" + table(rows, ("option", "default", "values", "")) if rows else ""
+    )
 
 
 def _step(step: Step) -> dict[str, Any]:
@@ -112,13 +116,17 @@ def _explanation(steps: list[Step], before: Program, after: Program) -> str:
     lines: list[str] = []
     for step in steps:
         for change in step.changes:
-            lines.append(f"{step.item} on {change.function}: {change.count} sites, {step.item.meaning}")
+            lines.append(
+                f"{step.item} on {change.function}: {change.count} sites, {step.item.meaning}"
+            )
             lines += [f"  + {s.node} in {s.origin}{_metrics(s.metrics)}" for s in change.sites]
             lines += [f"  - {refusal}" for refusal in change.refusals]
             lines += [f"  ? {miss}" for miss in change.near_misses()]
             lines += [f"  {note}" for note in change.notes]
     was, now = program_cost(before), program_cost(after)
-    lines.append(f"FLOPs {was.flops:,} -> {now.flops:,}; bytes moved {was.bytes:,} -> {now.bytes:,}")
+    lines.append(
+        f"FLOPs {was.flops:,} -> {now.flops:,}; bytes moved {was.bytes:,} -> {now.bytes:,}"
+    )
     return "\n".join(lines)
 
 

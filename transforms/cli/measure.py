@@ -29,7 +29,8 @@ def bench(
         found = compare_speed(program, rewritten, rounds=rounds)
     text = (
         f"before {found.before_ms:.2f} ms, after {found.after_ms:.2f} ms: x{found.speedup:.2f} "
-        f"({found.spread[0]:.2f} to {found.spread[1]:.2f}, {rounds} rounds, {found.threads} threads)\n"
+        f"({found.spread[0]:.2f} to {found.spread[1]:.2f}, {rounds} rounds, "
+        f"{found.threads} threads)\n"
         f"ideal by FLOPs x{found.flops_ideal:.2f}, by bytes x{found.bytes_ideal:.2f}"
     )
     emit(found.to_json(), text, as_json=json)

@@ -18,14 +18,19 @@ Spec = Annotated[str, typer.Option("--passes", "-p", help="pipeline text: quest{
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 Dynamic = Annotated[
     list[str] | None,
-    typer.Option("--dynamic", help="make an axis dynamic: input_ids:1=seq or input_ids:1=seq=2:512"),
+    typer.Option(
+        "--dynamic", help="make an axis dynamic: input_ids:1=seq or input_ids:1=seq=2:512"
+    ),
 ]
 AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="load .pt2 files that can run code; trusted files only")
+    bool,
+    typer.Option("--allow-pickle", help="load .pt2 files that can run code; trusted files only"),
 ]
 
 
-def open_model(text: str, dynamic: list[str] | None = None, *, allow_pickle: bool = False) -> Program:
+def open_model(
+    text: str, dynamic: list[str] | None = None, *, allow_pickle: bool = False
+) -> Program:
     """Load or capture MODEL."""
     return load_model(text, dynamic_shapes=dynamic_shapes(dynamic or []), allow_pickle=allow_pickle)
 

@@ -1,4 +1,4 @@
-"""The repair catalogue: known model bugs that stop or falsify torch.export, and how each is repaired.
+"""The repair catalogue: known model bugs that stop or falsify torch.export.
 
 A repair is a context manager. Inside it, torch.export sees a mathematically equal model that it can
 trace; on leaving, everything is as it was, also after an error. No repair imports transformers or

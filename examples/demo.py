@@ -1,0 +1,131 @@
+"""The main job on real weights: capture SmolLM2, quantise it, convert it, check it, compare it.
+
+    python examples/demo.py [--out FOLDER] [--passes SPEC] [--windows N]
+
+Writes the fp32 and the rewritten ONNX model and a report; prints what both say and how well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import smollm2
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import resplice
+
+PROMPT = "Once upon a time, there was a little"
+WINDOW = 512
+console = Console(stderr=False, highlight=False)
+
+
+def main() -> int:
+    """Run the demo; exit code 0 if everything held."""
+    options = arguments()
+    started = time.perf_counter()
+    with step("load SmolLM2-135M (GGUF -> fp32)"):
+        model, sample, dims = smollm2.load()
+        tokens = smollm2.tokenizer()
+    with step("capture with dynamic batch and sequence"):
+        program = resplice.capture(model, sample, dynamic_shapes=dims)
+    with step("convert the original to ONNX and check it in onnxruntime"):
+        original = resplice.optimize(program).to_onnx(options.out / "smollm2-fp32.onnx")
+    with step(f"run {options.passes}, compare node by node"):
+        smaller = resplice.optimize(program, options.passes)
+    with step("convert the result to ONNX and check it in onnxruntime"):
+        converted = smaller.to_onnx(options.out / "smollm2-quest.onnx")
+    runs = {
+        "original (PyTorch fp32)": lambda ids: model(input_ids=ids, use_cache=False).logits,
+        "original (ONNX fp32)": onnx_logits(original),
+        f"{options.passes} (ONNX)": onnx_logits(converted),
+    }
+    sizes = {f"{options.passes} (ONNX)": converted.nbytes, "original (ONNX fp32)": original.nbytes}
+    with torch.no_grad():
+        compare(runs, sizes, tokens, options.windows, smaller.report)
+    report = smaller.report.save(options.out)
+    seconds, peak = (
+        time.perf_counter() - started,
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    )
+    console.print(f"\n{seconds:.0f} s, peak memory {peak / 2**20:.1f} GiB\nreport: {report}")
+    return 0
+
+
+def arguments() -> argparse.Namespace:
+    """Command-line options."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="where to write")
+    parser.add_argument("--passes", default="quest{weight-bits=4}", help="pipeline text")
+    parser.add_argument(
+        "--windows", type=int, default=6, help=f"windows of {WINDOW} tokens to score"
+    )
+    return parser.parse_args()
+
+
+@contextmanager
+def step(what: str) -> Iterator[None]:
+    """Say what is done and how long it took."""
+    start = time.perf_counter()
+    yield
+    console.print(f"{time.perf_counter() - start:6.1f} s  {what}", markup=False)
+
+
+def onnx_logits(artifact: Any) -> smollm2.NextLogits:
+    """Logits from an ONNX artefact."""
+
+    def run(ids: torch.Tensor) -> torch.Tensor:
+        (logits,) = artifact.run(
+            {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        ).values()
+        return logits  # type: ignore[no-any-return]  # artefacts are untyped here
+
+    return run
+
+
+def compare(
+    runs: dict[str, smollm2.NextLogits],
+    sizes: dict[str, int],
+    tokens: Any,
+    count: int,
+    report: resplice.Report,
+) -> None:
+    """Score and generate with every model; print a table and add the figures to the report."""
+    ids = tokens(smollm2.english_text(), return_tensors="pt").input_ids[0]
+    batches = list(smollm2.windows(ids, WINDOW, count))
+    table = Table("model", "size", "perplexity", "tokens/s read", "tokens/s written")
+    sentences = {}
+    for name, run in runs.items():
+        found = smollm2.score(run, batches)
+        sentences[name], speed = smollm2.generate(run, tokens, PROMPT, 24)
+        size = sizes.get(name, 0)
+        report.measure("perplexity", found.perplexity, model=name, text="Python language reference")
+        report.measure(
+            "reading speed", found.tokens_per_second, "tokens/s", model=name, window=WINDOW
+        )
+        report.measure("writing speed, no cache", speed, "tokens/s", model=name)
+        if size:
+            report.measure("file size", size / 2**20, "MiB", model=name)
+        shown = f"{size / 2**20:.0f} MiB" if size else "-"
+        table.add_row(
+            name, shown, f"{found.perplexity:.2f}", f"{found.tokens_per_second:.0f}", f"{speed:.1f}"
+        )
+    console.print(table)
+    for name, sentence in sentences.items():
+        console.print(f"{name}: {sentence!r}", markup=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 ALPHA = {
@@ -32,20 +33,22 @@ _TINY = 1e-8
 
 def grid_step(values: Tensor, bits: int) -> Tensor:
     """Distance between levels, one per group (the last axis), in float32: shape [..., 1]."""
-    wide = values if values.dtype == values.double().dtype else values.float()
+    wide = values if values.dtype == torch.float64 else values.float()
     rms = wide.square().mean(-1, keepdim=True).sqrt()
-    return 2 * (ALPHA[bits] * rms + _TINY) / (2**bits - 1)
+    intervals: int = 2**bits - 1
+    return 2 * (ALPHA[bits] * rms + _TINY) / intervals
 
 
 def to_codes(values: Tensor, step: Tensor, bits: int) -> Tensor:
     """Index of each value's level, 0 to 2**bits - 1 (int64)."""
-    half = 2 ** (bits - 1)
+    half: int = 2 ** (bits - 1)
     return ((values / step).floor().clamp(-half, half - 1) + half).long()
 
 
 def from_codes(codes: Tensor, step: Tensor, bits: int) -> Tensor:
     """The levels behind codes, in the dtype of `step`."""
-    return (codes.to(step.dtype) - (2 ** (bits - 1) - 0.5)) * step
+    middle: float = 2 ** (bits - 1) - 0.5
+    return (codes.to(step.dtype) - middle) * step
 
 
 def expected_sqnr_db(bits: int) -> float:

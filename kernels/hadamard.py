@@ -36,7 +36,9 @@ def hadamard_matrix(block: int) -> Tensor:
 def _verify(x: Tensor, block: int) -> None:
     if block < 1 or block & (block - 1):
         raise OpError("hadamard", "block", f"is {block}, not a power of two")
-    if x.dim() < 1 or x.shape[-1] % block:
+    if x.dim() < 1:
+        raise OpError("hadamard", "x", "has no axes")
+    if x.shape[-1] % block:
         raise OpError("hadamard", "x", f"has last size {x.shape[-1]}, not a multiple of {block}")
     if not x.is_floating_point():
         raise OpError("hadamard", "x", f"has dtype {x.dtype}, not floating point")
@@ -78,7 +80,8 @@ def hadamard(x: Tensor, block: int) -> Tensor:
         OpError: `block` is not a power of two or does not divide K.
     """
     matrix = hadamard_matrix(block).to(x.device, x.dtype)
-    return (x.unflatten(-1, (-1, block)) @ matrix).flatten(-2)
+    blocks: Tensor = x.unflatten(-1, (-1, block))
+    return (blocks @ matrix).flatten(-2)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:

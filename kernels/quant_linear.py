@@ -51,6 +51,8 @@ def _verify(
     def refuse(argument: str, what: str) -> None:
         raise OpError("quant_linear", argument, what)
 
+    if x.dim() < 1:
+        refuse("x", "has no axes")
     if bits not in BITS:
         refuse("bits", f"is {bits}, not one of {BITS}")
     if codes.dtype != torch.uint8 or codes.dim() != 2:
@@ -156,7 +158,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """The gradient reaches x and bias; codes and steps are constants of the program."""
     codes, step = ctx.saved_tensors
     weight = dequantize(codes, step, ctx.bits, ctx.group, ctx.size).to(grad.dtype)
-    bias = grad.flatten(0, -2).sum(0) if ctx.has_bias and grad.dim() > 1 else None
+    bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias else None
     return grad @ weight, None, None, bias, None, None
 
 

@@ -66,5 +66,5 @@ def _frozen(value: Any) -> Hashable:
     if isinstance(value, list | tuple):
         return tuple(map(_frozen, value))
     if isinstance(value, bool | int | float):
-        return (type(value).__name__, value)
+        return (type(value).__name__, repr(value))  # 0.0 and -0.0 are equal, but not the same
     return value  # type: ignore[no-any-return]  # nodes, dtypes, devices and text hash by themselves

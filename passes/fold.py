@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +25,8 @@ class Fold(Pass):
         %1 = weight("table"): f32[8]
         %2 = aten.cos(%1): f32[8]     ->   %1 = weight("folded.cos"): f32[8]
 
-    A result is folded only if it is not larger than `max-kib` or than what it replaces, so that
-    folding never swells the program.
+    A result is folded only if it is not larger than `max-kib` or than what it replaces (inputs that
+    nothing else reads), so that folding never swells the program.
     """
 
     name = "fold"
@@ -35,8 +36,9 @@ class Fold(Pass):
     def run(self, program: Program, context: Context) -> Change:
         """Evaluate in graph order; only the last node of a constant chain becomes a weight."""
         values: dict[fx.Node, torch.Tensor] = {}
+        reads = Counter(str(n.target) for n in program.graph.nodes if n.op == "get_attr")
         for node in list(program.graph.nodes):
-            value = self._value(program, node, values)
+            value = self._value(program, node, values, reads)
             if value is not None:
                 values[node] = value
         for node in [n for n in values if n.op == "call_function"]:
@@ -46,7 +48,11 @@ class Fold(Pass):
         return Change(notes=[f"{remove_dead(program)} constant nodes dropped"])
 
     def _value(
-        self, program: Program, node: fx.Node, values: dict[fx.Node, torch.Tensor]
+        self,
+        program: Program,
+        node: fx.Node,
+        values: dict[fx.Node, torch.Tensor],
+        reads: Counter[str],
     ) -> torch.Tensor | None:
         if node.op == "get_attr":
             written = any(user.target is torch.ops.aten.copy_.default for user in node.users)
@@ -55,14 +61,16 @@ class Fold(Pass):
         static = isinstance(node.meta.get("val"), torch.Tensor) and all(n in values for n in inputs)
         if node.op != "call_function" or not static or not is_pure(node) or _is_symbolic(node):
             return None
+        gone = [n for n in inputs if len(n.users) == 1 and reads[str(n.target)] <= 1]
         if _bytes(node.meta["val"]) > max(
-            self.max_kib * 1024, sum(_bytes(values[n]) for n in inputs)
+            self.max_kib * 1024, sum(_bytes(values[n]) for n in gone)
         ):
             return None
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])  # type: ignore[no-untyped-call]  # torch.fx is untyped here
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
         assert callable(node.target), node
         with torch.no_grad():
-            return node.target(*args, **kwargs)  # type: ignore[no-any-return]  # checked by its fake value
+            result: torch.Tensor = node.target(*args, **kwargs)
+        return result
 
     def _replace(self, program: Program, node: fx.Node, value: torch.Tensor) -> None:
         name = f"folded.{node.name}"

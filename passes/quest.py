@@ -26,7 +26,7 @@ from resplice.build import Builder
 from resplice.change import Change
 from resplice.compare import sqnr_db
 from resplice.context import Context
-from resplice.errors import OpError
+from resplice.errors import OpError, SpecError
 from resplice.facts import Canonical, FloatWeights
 from resplice.kernels.gaussian_grid import expected_sqnr_db, grid_step, to_codes
 from resplice.kernels.hadamard import hadamard, largest_block
@@ -93,6 +93,8 @@ def quantize_weight(
     """
     if bits not in BITS:
         raise OpError("quantize_weight", "bits", f"is {bits}, not one of {BITS}")
+    if group < 0:
+        raise OpError("quantize_weight", "group", f"is {group}, must be 0 or positive")
     if weight.dim() != 2 or not weight.is_floating_point():
         raise OpError(
             "quantize_weight",
@@ -168,6 +170,19 @@ class Quest(Pass):
         theory = expected_sqnr_db(self.weight_bits)
         return Approx(theory / 2 if self.hadamard == "off" else theory - 20 * math.log10(2))
 
+    def __post_init__(self) -> None:
+        """Validate what needs no model.
+
+        Raises:
+            SpecError: The group is negative, or the block is no power of two.
+        """
+        super().__post_init__()
+        block = self.hadamard
+        if self.group < 0:
+            raise SpecError(f"quest: group={self.group} must be 0 or positive")
+        if isinstance(block, int) and (block < 1 or block & (block - 1)):
+            raise SpecError(f"quest: hadamard={block} is not a power of two")
+
     @classmethod
     def identity(cls) -> Self:
         """16 bits."""
@@ -209,6 +224,10 @@ class _QuantizeLinear(Rule):
     def check(self, found: Match) -> None:
         weight, options = found.node("weight"), self.options
         name = str(weight.target)
+        outputs = weight.meta["val"].shape[1 if self.transposed else 0]
+        bias = found["bias"]
+        plain = bias is None or tuple(bias.meta["val"].shape) == (outputs,)
+        found.require(plain, "what it adds is no bias of one value per output")
         for skipped in options.skip:
             found.require(not fnmatch(name, skipped), f"{name} matches skip={skipped}")
         if not options.head:

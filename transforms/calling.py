@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,8 +62,9 @@ class CallSpec:
             if leaf.tensor is not None:
                 bound[leaf.tensor] = _tensor(leaf.path, value)
             elif value is not None and not _same(value, leaf.constant):
+                shown = "a tensor" if isinstance(value, torch.Tensor) else repr(value)
                 raise InputError(
-                    f"{leaf.path}={value!r}, but it was captured as {leaf.constant!r}",
+                    f"{leaf.path}={shown}, but it was captured as {leaf.constant!r}",
                     hint="capture the model again with this value",
                 )
         unknown = [path for path, value in given.items() if value is not None]
@@ -104,7 +105,8 @@ def describe_call(
 ) -> tuple[tuple[str, ...], tuple[Leaf, ...], dict[str, torch.Tensor]]:
     """Flatten a sample call: parameter names, leaves, and the tensors by input name."""
     parameters = _parameter_names(forward, len(args))
-    leaves, tensors = [], {}
+    leaves: list[Leaf] = []
+    tensors: dict[str, torch.Tensor] = {}
     for path, value in _flat_call(parameters, args, kwargs).items():
         if isinstance(value, torch.Tensor):
             name = _unique(re.sub(r"\W+", "_", path).strip("_"), tensors)
@@ -144,7 +146,8 @@ def rebuild(structure: Json, tensors: Any) -> Any:
         return tuple(items) if kind.endswith("tuple") else items
     cls = _imported(kind)
     if cls is not None and names is None:
-        return cls(*items)
+        whole = issubclass(cls, tuple | list | deque) and not hasattr(cls, "_fields")
+        return cls(items) if whole else cls(*items)
     pairs = OrderedDict(zip(names or map(str, range(len(items))), items, strict=True))
     if cls is None or cls is dict:
         return dict(pairs)
@@ -154,9 +157,9 @@ def rebuild(structure: Json, tensors: Any) -> Any:
         return dict(pairs)
 
 
-def _children(value: Any) -> tuple[list[str] | None, list[Any]]:
+def _children(value: Any) -> tuple[list[str | int] | None, list[Any]]:
     if isinstance(value, Mapping):
-        return [str(k) for k in value], list(value.values())
+        return [k if type(k) is int else str(k) for k in value], list(value.values())
     if isinstance(value, tuple | list):
         return None, list(value)
     if type(value) in pytree.SUPPORTED_NODES:
@@ -172,16 +175,22 @@ def _children(value: Any) -> tuple[list[str] | None, list[Any]]:
 
 
 def _imported(kind: str) -> type | None:
-    """The class of that name if its module is already imported: loading never imports code."""
+    """The class of that name, if it is a container and its module is imported already."""
     module, _, name = kind.partition(":")
     found: Any = sys.modules.get(module)
     for part in name.split("."):
         found = getattr(found, part, None)
-    return found if isinstance(found, type) else None
+    return found if isinstance(found, type) and _is_container(found) else None
+
+
+def _is_container(cls: type) -> bool:
+    """A file may name any class, and making one must not do anything."""
+    known = issubclass(cls, tuple | list | dict | deque) or cls in pytree.SUPPORTED_NODES
+    return known or hasattr(cls, "__dataclass_fields__")
 
 
 def _parameter_names(forward: Callable[..., Any], count: int) -> tuple[str, ...]:
-    names = []
+    names: list[str] = []
     for parameter in inspect.signature(forward).parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:
             names += [f"{parameter.name}_{i}" for i in range(count - len(names))]
@@ -217,6 +226,8 @@ def _tensor(path: str, value: Any) -> torch.Tensor:
 
 
 def _same(value: Any, constant: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return False
     return bool(value == constant) or str(value) == str(constant)
 
 

@@ -189,7 +189,7 @@ def _refined(
             "so capture with at least 2",
         ) from error
     try:
-        refined = refine_dynamic_shapes_from_suggested_fixes(text, (shapes,))[0]
+        (refined,) = refine_dynamic_shapes_from_suggested_fixes(text, (shapes,))
     except Exception:  # torch raises many kinds when it can't read its own advice
         refined = shapes
     independent = tuple(_torch_dims(axes, named=False) for axes in dims.values())

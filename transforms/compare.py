@@ -49,9 +49,9 @@ def difference(reference: torch.Tensor, result: torch.Tensor) -> Difference:
             f"shapes differ: {list(reference.shape)} and {list(result.shape)}",
             measured=math.inf, bar=0.0,
         )  # fmt: skip
-    a, b = reference.detach().double(), result.detach().double()
+    a, b = _wide(reference), _wide(result)
     usual = a.isfinite()
-    same_rest = bool(torch.equal(a[~usual].nan_to_num(), b[~usual].nan_to_num()))
+    same_rest = torch.allclose(a[~usual], b[~usual], rtol=0, atol=0, equal_nan=True)
     finite = same_rest and bool(b[usual].isfinite().all())
     a, b = a[usual], b[usual]
     if not finite:
@@ -72,6 +72,11 @@ def sqnr_db(reference: torch.Tensor, result: torch.Tensor) -> float:
     """Signal-to-quantisation-noise ratio in dB; infinity where identical."""
     found = difference(reference, result).sqnr_db
     return math.inf if found is None else found
+
+
+def _wide(value: torch.Tensor) -> torch.Tensor:
+    value = value.detach()
+    return (torch.view_as_real(value.resolve_conj()) if value.is_complex() else value).double()
 
 
 def _sqnr(signal: torch.Tensor, error: torch.Tensor) -> float | None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils.flop_counter import flop_registry
 
 from resplice.ops import find_op
 from resplice.program import Program
@@ -56,7 +55,7 @@ def node_cost(node: fx.Node) -> Cost:
     """Cost of one node at the sample sizes."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return Cost()
-    args, kwargs = fx.map_arg((node.args, node.kwargs), _meta)  # type: ignore[no-untyped-call]  # torch.fx is untyped here
+    args, kwargs = fx.map_arg((node.args, node.kwargs), _meta)
     result = _concrete(node.meta.get("val"))
     op = find_op(node.target)
     if op is not None and op.cost_rule is not None:
@@ -69,17 +68,24 @@ def node_cost(node: fx.Node) -> Cost:
 
 def _flops(node: fx.Node, args: Any, kwargs: Any, result: Any) -> int:
     if node.target is aten.linear.default:
-        return 2 * math.prod(result.shape) * int(args[1].shape[-1])
+        return 2 * _count(result) * int(args[1].shape[-1])
     if node.target is aten.matmul.default:
-        return 2 * math.prod(result.shape) * int(args[0].shape[-1])
+        return 2 * _count(result) * int(args[0].shape[-1])
     if node.target is aten.scaled_dot_product_attention.default:
-        q, k, v = (item.shape for item in args[:3])
+        shapes: list[torch.Size] = [item.shape for item in args[:3]]
+        q, k, v = shapes
         return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
     packet = getattr(node.target, "overloadpacket", None)
+    from torch.utils.flop_counter import flop_registry  # imports triton where there is one
+
     counter: Callable[..., int] | None = flop_registry.get(packet)
     if counter is not None:
         return int(counter(*args, **kwargs, out_val=result))
-    return math.prod(result.shape) if isinstance(result, torch.Tensor) else 0
+    return _count(result)
+
+
+def _count(value: Any) -> int:
+    return value.numel() if isinstance(value, torch.Tensor) else 0
 
 
 def _meta(node: fx.Node) -> Any:

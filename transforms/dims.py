@@ -38,6 +38,15 @@ class Dim:
     max: int | None = None
     factor: int = 1
 
+    def __post_init__(self) -> None:
+        """Refuse bounds that admit nothing.
+
+        Raises:
+            UsageError: The lower bound is above the upper one.
+        """
+        if self.max is not None and self.min > self.max:
+            raise UsageError(f"dimension {self} admits no size", hint="write the lower bound first")
+
     @classmethod
     def parse(cls, value: object) -> Dim:
         """Read `"seq"`, `"seq=2:2048"`, `"2*rows"`, `"frames*rows"`, torch's `Dim` or ours.
@@ -51,15 +60,18 @@ class Dim:
             factor, name, low, high = found.groups()
             bounds = int(low) if low else 2, int(high) if high else None
             return cls(name, *bounds, factor=int(factor or 1))
-        name = getattr(value, "__name__", None)
-        if not name:
+        found = _TEXT.match(getattr(value, "__name__", ""))
+        if not found:
             raise UsageError(
                 f"{value!r} is not a dynamic dimension",
                 hint='write a name such as "seq", with bounds "seq=2:2048"',
             )
-        low, high = getattr(value, "min", 2), getattr(value, "max", None)
+        root = getattr(value, "root", value)  # torch keeps the bounds of `2 * rows` with `rows`
+        low, high = getattr(root, "min", 2), getattr(root, "max", None)
         bounded = isinstance(high, int) and high < torch.iinfo(torch.int64).max
-        return cls(name, max(int(low), 2), int(high) if bounded and high is not None else None)
+        factor, name = found.groups()[:2]
+        top = int(high) if bounded and high is not None else None
+        return cls(name, max(int(low), 2), top, factor=int(factor or 1))
 
     @property
     def label(self) -> str:

@@ -29,6 +29,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from resplice import weights
 from resplice.errors import CaptureError
+from resplice.fxtypes import returned, returned_nodes
 from resplice.infer import fake_of
 from resplice.origin import where
 from resplice.program import Program, copy_graph
@@ -75,7 +76,7 @@ def unlift(
     for node in old.nodes:
         if node.op not in ("placeholder", "output"):
             mapped[node] = graph.node_copy(node, value_of)
-    for value in old.output_node().args[0]:  # type: ignore[union-attr]  # a tuple
+    for value in returned(old):
         if isinstance(value, fx.Node):
             value_of(value)
     for spec in exported.graph_signature.output_specs:
@@ -129,7 +130,8 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
         wrapped = isinstance(target, torch._ops.HigherOrderOperator)
         writes = isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
         if wrapped or writes or _updates_statistics(node):
-            return exported.run_decompositions({})
+            plain: ExportedProgram = exported.run_decompositions({})
+            return plain
     return exported
 
 
@@ -237,11 +239,10 @@ def _lift_outputs(graph: fx.Graph, inputs: dict[str, InputSpec]) -> list[OutputS
         )
         results.append(value)
         graph.erase_node(node)
-    output = graph.output_node()
-    for node in output.args[0]:  # type: ignore[union-attr]  # a tuple of nodes by invariant
-        specs.append(OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None))  # type: ignore[union-attr]  # same
-        results.append(node)  # type: ignore[arg-type]  # same
-    output.args = (tuple(results),)
+    for node in returned_nodes(graph):
+        specs.append(OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None))
+        results.append(node)
+    graph.output_node().args = (tuple(results),)
     return specs
 
 
@@ -278,15 +279,16 @@ def _emit_outputs(
     mapped: dict[fx.Node, fx.Node],
     rename: Callable[[str], str],
 ) -> None:
-    old_output = exported.graph.output_node()
     by_target = {str(n.target): n for n in graph.nodes if n.op == "get_attr"}
     by_name = {old.name: new for old, new in mapped.items()}
     results = []
-    for spec, value in zip(exported.graph_signature.output_specs, old_output.args[0], strict=True):  # type: ignore[arg-type]  # tuple
+    specs = exported.graph_signature.output_specs
+    for spec, value in zip(specs, returned(exported.graph), strict=True):
         if spec.kind in _MUTATIONS:
+            assert isinstance(value, fx.Node), spec
             name = str(spec.target)
             target = by_name.get(name) or by_target[rename(name)]
-            write = graph.call_function(aten.copy_.default, (target, mapped[value]))  # type: ignore[index]  # a node
+            write = graph.call_function(aten.copy_.default, (target, mapped[value]))
             write.meta = {"val": target.meta["val"]}
         elif isinstance(value, fx.Node):
             results.append(mapped[value])

@@ -16,14 +16,21 @@ from resplice.program import Program
 KEEP = object()
 
 
-def infer(program: Program) -> None:
+def infer(program: Program, until: fx.Node | None = None) -> None:
     """Recompute every node's `meta["val"]` from the inputs onwards.
+
+    Args:
+        program: The program, edited in place.
+        until: The last node to compute; by default all. A pass that changes an axis and restores
+            it later infers up to the node it restores it after, then inserts, then infers all.
 
     Raises:
         VerifyError: A node can't run on the shapes it is given; names node and source line.
     """
     for node in program.graph.nodes:
         infer_node(program, node)
+        if node is until:
+            return
 
 
 def infer_node(program: Program, node: fx.Node) -> None:
@@ -49,7 +56,7 @@ def evaluate(mode: FakeTensorMode, node: fx.Node) -> Any:
     known = node.meta.get("val")
     if known is not None and free_unbacked_symbols(known):
         return KEEP
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])  # type: ignore[no-untyped-call]  # torch.fx is untyped here
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     assert callable(node.target), node
     try:
         with mode, torch.no_grad():

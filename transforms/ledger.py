@@ -133,7 +133,7 @@ def run_node(
         return inputs[node.name].clone()
     if node.op == "get_attr":
         return program.weight(node)
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])  # type: ignore[no-untyped-call]  # torch.fx is untyped here
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
     if node.target is aten.copy_.default:
         return args[0]  # comparisons do not advance the model's state
     assert callable(node.target), node

@@ -100,7 +100,7 @@ def _after(item: Pass, held: set[type[Fact]]) -> set[type[Fact]]:
 
 def _automatic(kind: type[Fact]) -> Pass | None:
     for place in PASSES.values():
-        cls = load(place)
+        cls: type[Pass] = load(place)
         if cls.automatic and kind in cls.creates:
-            return cls()  # type: ignore[no-any-return]  # loaded from a table of text
+            return cls()
     return None

@@ -11,13 +11,16 @@ Every rule is exact: values, dtypes and gradients stay. It holds because program
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import Argument
 
 from resplice.dims import same_shape
+from resplice.fxtypes import input_node, value_of
 from resplice.infer import infer_node
 from resplice.origin import inherit
 from resplice.program import Program
@@ -29,7 +32,7 @@ _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, at
 _COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default,
            aten.lift_fresh_copy.default, aten.lift_fresh.default)  # fmt: skip
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
-_RANK_PLUS_ONE = (aten.unsqueeze.default, aten.stack.default)
+_RANK_PLUS_ONE = (aten.unsqueeze.default, aten.stack.default, aten.diag_embed.default)
 
 Rule = Callable[[Program, fx.Node], fx.Node | None]
 
@@ -56,7 +59,7 @@ def _drop_cast(program: Program, node: fx.Node) -> fx.Node | None:
     """`to`-like ops: dropped where nothing changes, else spelled `to.dtype`."""
     if node.target not in _CASTS:
         return None
-    source = node.args[0]
+    source = input_node(node)
     if _dtype(source) == _dtype(node):
         return _unless_returned(node, source)
     if node.target is aten.to.dtype:
@@ -76,22 +79,14 @@ def _drop_dropout(program: Program, node: fx.Node) -> fx.Node | None:
 
 
 def _drop_slice(program: Program, node: fx.Node) -> fx.Node | None:
-    if node.target is not aten.slice.Tensor:
+    if node.target is not aten.slice.Tensor or not _keeps_shape(node):
         return None
-    return (
-        _unless_returned(node, node.args[0])
-        if same_shape(node.meta["val"], node.args[0].meta["val"])
-        else None
-    )
+    return _unless_returned(node, node.args[0])
 
 
 def _drop_expand(program: Program, node: fx.Node) -> fx.Node | None:
     shapely = node.target in (aten.expand.default, aten.reshape.default, *_VIEWS)
-    return (
-        _unless_returned(node, node.args[0])
-        if shapely and same_shape(node.meta["val"], node.args[0].meta["val"])
-        else None
-    )
+    return _unless_returned(node, node.args[0]) if shapely and _keeps_shape(node) else None
 
 
 def _drop_neutral(program: Program, node: fx.Node) -> fx.Node | None:
@@ -104,7 +99,7 @@ def _drop_neutral(program: Program, node: fx.Node) -> fx.Node | None:
     neutral = (node.target is aten.mul.Tensor and node.args[1] == 1) or (
         node.target in (aten.add.Tensor, aten.sub.Tensor) and integer and node.args[1] == 0
     )
-    if not neutral or isinstance(node.args[1], fx.Node) or _dtype(node.args[0]) != _dtype(node):
+    if not neutral or isinstance(node.args[1], fx.Node) or _dtype(input_node(node)) != _dtype(node):
         return None
     return _unless_returned(node, node.args[0])
 
@@ -131,8 +126,10 @@ def _slice_to_the_end(program: Program, node: fx.Node) -> fx.Node | None:
     """`slice(x, d, s, size)` -> `slice(x, d, s, end)`; negative static bounds become positive."""
     if node.target is not aten.slice.Tensor:
         return None
-    _, dim, start, end, step = [*node.args, *(0, None, None, 1)[len(node.args) - 1 :]]
-    size = node.args[0].meta["val"].shape[dim]  # type: ignore[union-attr, index]  # a node, an int
+    given: list[Argument] = [*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :]]
+    dim, start, end, step = given
+    assert isinstance(dim, int), node
+    size = value_of(input_node(node)).shape[dim]
     new = (_bound(start, size, 0), _bound(end, size, _END))
     if (start, end) != new or len(node.args) < 4:
         node.args = (node.args[0], dim, *new, *([step] if step != 1 else []))
@@ -149,7 +146,7 @@ def _bound(value: Any, size: Any, default: int) -> Any:
     if value is None:
         return default
     if isinstance(value, int) and isinstance(size, int):
-        value = value + size if value < 0 else value
+        value = max(value + size, 0) if value < 0 else value
         return _END if default == _END and value >= size else value
     return value
 
@@ -182,11 +179,12 @@ def _negative(value: Any, rank: int) -> Any:
 
 def _rank(node: fx.Node) -> int | None:
     """Rank that the op's `dim` arguments refer to."""
-    first = next(_tensors(node.args), None)
-    if first is None:
+    ranks = [tensor.dim() for tensor in _tensors(node.args)]
+    if not ranks:
         return None
-    extra = 1 if node.target in _RANK_PLUS_ONE else 0
-    return int(first.dim()) + extra
+    if node.target is aten.cat.default:
+        return max(ranks)  # torch leaves out 1-D tensors without elements, whatever the rank is
+    return ranks[0] + (node.target in _RANK_PLUS_ONE)
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:
@@ -209,10 +207,34 @@ def _unless_returned(node: fx.Node, source: Any) -> fx.Node | None:
     """The source, unless that would make an output or a state write alias an input or a weight."""
     if not isinstance(source, fx.Node):
         return None
-    stored = source.op in ("placeholder", "get_attr")
-    kept = any(user.op == "output" or user.target is aten.copy_.default for user in node.users)
-    return None if stored and kept else source
+    return None if _is_stored(source) and _is_kept(node) else source
 
 
-def _dtype(node: Any) -> torch.dtype:
-    return node.meta["val"].dtype  # type: ignore[no-any-return]  # fake tensors are untyped here
+def _is_stored(node: fx.Node) -> bool:
+    """Whether a value is an input or a weight, or may be a view of one."""
+    while _may_alias(node) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node.op in ("placeholder", "get_attr")
+
+
+def _is_kept(node: fx.Node) -> bool:
+    """Whether a value, or a view of it, is returned or written to state."""
+    ends = ("output", aten.copy_.default)
+    return any(
+        user.op in ends or user.target in ends or (_may_alias(user) and _is_kept(user))
+        for user in node.users
+    )
+
+
+def _may_alias(node: fx.Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.target is operator.getitem
+    return any(result.alias_info is not None for result in node.target._schema.returns)
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    return value_of(node).dtype
+
+
+def _keeps_shape(node: fx.Node) -> bool:
+    return same_shape(value_of(node), value_of(input_node(node)))

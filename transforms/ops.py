@@ -74,7 +74,8 @@ class Op:
     @property
     def overload(self) -> torch._ops.OpOverload:
         """The registered torch operator."""
-        return getattr(torch.ops.resplice, self.name).default  # type: ignore[no-any-return]  # torch.ops is dynamic
+        found: torch._ops.OpOverload = getattr(torch.ops.resplice, self.name).default
+        return found
 
     def lower(self, backend: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Decorator: declare the lowering to a backend."""

@@ -26,6 +26,7 @@ from resplice.calling import CallSpec
 from resplice.dims import Dim, Size, expression, shape_text, solve
 from resplice.errors import InputError, VerifyError
 from resplice.facts import Facts
+from resplice.fxtypes import returned_nodes
 from resplice.show import dtype_text
 
 aten = torch.ops.aten
@@ -87,7 +88,7 @@ class Program:
     @property
     def output_nodes(self) -> list[fx.Node]:
         """The nodes whose values are returned, in order."""
-        return list(self.graph.output_node().args[0])  # type: ignore[arg-type]  # tuple of nodes
+        return returned_nodes(self.graph)
 
     @property
     def inputs(self) -> tuple[Port, ...]:
@@ -236,7 +237,8 @@ class Program:
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
     """Copy a graph, keeping node names and metadata (shallow, so fake values stay shared)."""
-    new, seen = fx.Graph(), {}
+    new = fx.Graph()
+    seen: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         seen[node] = new.node_copy(node, lambda n: seen[n])
         seen[node].name = node.name

@@ -11,7 +11,6 @@ import torch.utils._pytree as pytree
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.export.pt2_archive._package import load_pt2, package_pt2
 
 from resplice import weights
 from resplice.artifact import staged
@@ -20,6 +19,7 @@ from resplice.dims import Dim
 from resplice.errors import CaptureError, UsageError
 from resplice.exported import close, functional, lift, lift_open, unlift
 from resplice.facts import Facts, FloatWeights
+from resplice.fxtypes import returned
 from resplice.program import Program
 from resplice.registry import load_ops
 from resplice.safety import check_archive
@@ -67,6 +67,8 @@ def save(program: Program, path: str | Path) -> Path:
         exported[name], weight_inputs[name] = lift_open(function)
     stored = {name: program_metadata(function) for name, function in functions.items()}
     metadata = {"schema": SCHEMA, "functions": stored, "weight_inputs": weight_inputs}
+    from torch.export.pt2_archive._package import package_pt2  # imports triton where there is one
+
     with staged(target) as stage:
         package_pt2(
             str(stage / target.name),
@@ -91,6 +93,8 @@ def load(path: str | Path, *, allow_pickle: bool = False) -> Program:
         raise CaptureError(f"there is no file {source}")
     if not allow_pickle:
         check_archive(source)
+    from torch.export.pt2_archive._package import load_pt2  # imports triton where there is one
+
     load_ops()
     try:
         contents = load_pt2(str(source))
@@ -164,7 +168,7 @@ def _foreign(exported: ExportedProgram) -> Program:
         )
     leaves = tuple(Leaf(name, tensor=name) for name in users)
     module = unlift(functional(exported), tuple(users))
-    count = len(module.graph.output_node().args[0])  # type: ignore[arg-type]  # a tuple of nodes
+    count = len(returned(module.graph))
     outputs = {"type": "builtins:tuple", "names": None, "items": ["*"] * count}
     call = CallSpec(tuple(users), leaves, outputs)
     facts = (

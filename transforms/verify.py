@@ -54,7 +54,7 @@ def same_signature(before: Program, after: Program) -> None:
 
 def _structure(program: Program) -> Iterator[str]:
     try:
-        program.graph.lint()  # type: ignore[no-untyped-call]  # torch.fx is untyped here
+        program.graph.lint()
     except RuntimeError as error:
         yield f"the graph is broken: {error}"
         return
@@ -73,10 +73,15 @@ def _node(program: Program, node: fx.Node) -> Iterator[str]:
         yield f"there is no weight {node.target}, read by {where(node)}"
     if node.op in ("call_module", "call_method"):
         yield f"{node.op} is not allowed: {where(node)}"
-    if node.op == "output" and not all(isinstance(item, fx.Node) for item in node.args[0]):  # type: ignore[union-attr]  # a tuple
+    if node.op == "output" and not _returns_nodes(node):
         yield "an output is not a tensor of the graph"
     if _writes(node) and not _is_effect(node):
         yield f"it writes in place, which only trailing copy_ may do: {where(node)}"
+
+
+def _returns_nodes(output: fx.Node) -> bool:
+    items = output.args[0]
+    return isinstance(items, tuple | list) and all(isinstance(item, fx.Node) for item in items)
 
 
 def _writes(node: fx.Node) -> bool:
@@ -88,8 +93,9 @@ def _is_effect(node: fx.Node) -> bool:
     if node.target is not aten.copy_.default or node.users:
         return False
     target = node.args[0]
-    stored = isinstance(target, fx.Node) and target.op in ("placeholder", "get_attr")
-    return stored and all(user <= node for user in target.users)  # type: ignore[union-attr]  # a node
+    if not isinstance(target, fx.Node) or target.op not in ("placeholder", "get_attr"):
+        return False
+    return all(user <= node for user in target.users)
 
 
 def _recorded_shapes(program: Program) -> Iterator[str]:

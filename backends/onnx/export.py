@@ -79,8 +79,9 @@ def _shortcuts(exported: ExportedProgram) -> Iterator[None]:
         if _all_translatable(nodes):
             keep = replaced(_fx_passes, "decompose_with_registry", lambda program, _: program)
             stack.enter_context(keep)
-        if not any(map(_promotes, nodes)):
-            stack.enter_context(replaced(_fx_passes, "insert_type_promotion_nodes", lambda _: None))
+            if not any(map(_promotes, nodes)):
+                same = replaced(_fx_passes, "insert_type_promotion_nodes", lambda _: None)
+                stack.enter_context(same)
         yield
 
 
@@ -88,7 +89,7 @@ def _all_translatable(nodes: list[fx.Node]) -> bool:
     registry = _registration.ONNXRegistry.from_torchlib()
     known = set(_decomp.get_onnx_implemented_overloads(registry))
     return all(
-        n.target in known or n.target.namespace == _SYMBOLIC  # type: ignore[union-attr]  # an overload
+        n.target in known or n.target.namespace == _SYMBOLIC
         for n in nodes
         if isinstance(n.target, torch._ops.OpOverload)
     )

@@ -77,7 +77,8 @@ def _fields(codes: Tensor, bits: int, field: int, size: int) -> Tensor:
     plain = unpack(codes, bits, size)
     if bits == 1:
         return plain * 2 + 1
-    return plain + (2 ** (field - 1) - 2 ** (bits - 1))
+    offset: int = 2 ** (field - 1) - 2 ** (bits - 1)
+    return plain + offset
 
 
 def _blocked(fields: Tensor, padded: int, field: int) -> Tensor:

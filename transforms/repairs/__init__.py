@@ -8,6 +8,7 @@ Each repair has a numeric proof in `tests/test_repairs.py`: the unmodified model
 repaired one on the same inputs.
 """
 
-from resplice.repairs.catalogue import CATALOGUE, Repair, applied
+from resplice.repairs.base import Repair
+from resplice.repairs.catalogue import CATALOGUE, applied
 
 __all__ = ["CATALOGUE", "Repair", "applied"]

@@ -53,7 +53,7 @@ def _static_experts(model: nn.Module) -> Iterator[None]:
 
 
 def dense_experts(
-    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """All experts on all tokens, summed with the routing weights. An experts implementation."""
     routing = hidden_states.new_zeros(hidden_states.shape[0], self.num_experts)
@@ -67,7 +67,7 @@ def dense_experts(
     return weighted.sum(dim=0).to(hidden_states.dtype)
 
 
-def _per_expert(experts: nn.Module, name: str, inputs: Tensor) -> Tensor:
+def _per_expert(experts: Any, name: str, inputs: Tensor) -> Tensor:
     """Multiply [token, in] or [expert, token, in] by every expert's weights called ``name``."""
     weight = getattr(experts, name)
     weight = weight if experts.is_transposed else weight.transpose(1, 2)

@@ -34,7 +34,7 @@ def _batched_mochi_attention(model: nn.Module) -> Iterator[None]:
 
 def mochi_attention(
     self: Any,
-    attn: nn.Module,
+    attn: Any,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
     attention_mask: Tensor,
@@ -49,14 +49,14 @@ def mochi_attention(
     )
     if image_rotary_emb is not None:
         query, key = (_rotate_pairs(states, *image_rotary_emb) for states in (query, key))
-    joint = [
+    video_tokens = query.shape[1]
+    query, key, value = (
         torch.cat(pair, dim=1).transpose(1, 2)
         for pair in ((query, text_query), (key, text_key), (value, text_value))
-    ]
-    video_tokens = query.shape[1]
+    )
     video_valid = valid.new_ones(valid.shape[0], video_tokens)
     keys = torch.cat([video_valid, valid], dim=1)[:, None, None, :]
-    result = nn.functional.scaled_dot_product_attention(*joint, attn_mask=keys)
+    result = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=keys)
     result = result.transpose(1, 2).flatten(2, 3)
     video, text = result[:, :video_tokens], _valid_rows_first(result[:, video_tokens:], valid)
     for layer in attn.to_out:
@@ -65,7 +65,7 @@ def mochi_attention(
 
 
 def _mochi_heads(
-    attn: nn.Module, states: Tensor, projections: tuple[str, ...], norm: str
+    attn: Any, states: Tensor, projections: tuple[str, ...], norm: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value as [batch, token, head, channel], with their norms applied."""
     query, key, value = (

@@ -55,7 +55,12 @@ def symbolic_linspace(start: Any, end: Any, steps: Any, **options: Any) -> Any:
     dtype = options.get("dtype") or torch.get_default_dtype()
     if not dtype.is_floating_point:
         return NotImplemented
-    index = torch.arange(steps, dtype=dtype, device=options.get("device"))
+    return _linspace(start, end, steps, dtype, options.get("device"))
+
+
+def _linspace(start: Any, end: Any, steps: Any, dtype: torch.dtype, device: Any) -> torch.Tensor:
+    """From both ends to the middle, as torch does; `steps` is an int or a SymInt."""
+    index = torch.arange(steps, dtype=dtype, device=device)
     last = torch.full_like(index[:1], 1) * (steps - 1)
     step = (end - start) / last.clamp(min=1)
     return torch.where(index < steps / 2, start + step * index, end - step * (last - index))

@@ -1,0 +1,74 @@
+"""Every model of the zoo, as its library ships it: captured, cleaned, and in onnxruntime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.utils._pytree as pytree
+from zoo import ZOO, ZooEntry
+
+import resplice
+from resplice.backends.onnx import OnnxBackend
+from resplice.backends.onnx.backend import EXACT_BAR
+from resplice.compare import difference
+from resplice.program import Program
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_a_real_model_is_captured_and_agrees_in_onnxruntime(name: str, tmp_path: Path) -> None:
+    entry = ZOO[name]
+    model, args, kwargs, shapes = entry()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    program = resplice.capture(model, resplice.Sample(args, kwargs), dynamic_shapes=shapes)
+    cleaned, _ = resplice.Pipeline.of("canonicalize,cse,fold,dce").run(program, check=True)
+    artifact = OnnxBackend().lower(cleaned, tmp_path / "model.onnx")
+    for sizes in ({}, entry.second):
+        args, kwargs = entry.inputs(seed=7, **sizes)
+        expected = _tensors(model, args, kwargs)
+        _agree(expected, _eager(cleaned, args, kwargs))
+        _agree(expected, list(artifact.run(cleaned.call.bind(args, kwargs)).values()))
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit", "wan", "qwen3moe"])
+def test_quest_rewrites_every_linear_layer_but_the_head(name: str) -> None:
+    entry = ZOO[name]
+    model, args, kwargs, shapes = entry()
+    sample = resplice.Sample(args, kwargs)
+    program = resplice.capture(model, sample, dynamic_shapes=shapes)
+    small = resplice.optimize(program, "quest{weight-bits=8}")
+    (step,) = [s for s in small.report.steps if s["pass"].startswith("quest")]
+    assert len(step["changes"][0]["sites"]) == SITES[name]
+    worst = max(o["relative"] for o in step["ledger"]["outputs"].values())
+    assert 0 < worst < 0.2
+
+
+SITES = {"llama": 14, "gpt2": 8, "bert": 13, "vit": 12, "wan": 28, "qwen3moe": 10}
+
+
+def _tensors(model: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [t for t in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(t, torch.Tensor)]
+
+
+def _eager(program: Program, args: tuple[object, ...], kwargs: dict[str, object]) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [t for t in pytree.tree_leaves(program(*args, **kwargs)) if isinstance(t, torch.Tensor)]
+
+
+def _agree(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> None:
+    assert len(expected) == len(actual)
+    for reference, value in zip(expected, actual, strict=True):
+        found = difference(reference, value)
+        assert found.finite
+        assert found.relative <= EXACT_BAR, found
+
+
+def test_entries_are_sensitive_to_their_inputs() -> None:
+    """The zoo's weights make outputs depend on inputs, so agreement means something."""
+    entry: ZooEntry = ZOO["llama"]
+    model = entry.model()
+    first, second = (_tensors(model, *entry.inputs(seed=s)) for s in (1, 2))
+    assert difference(first[0], second[0]).relative > 0.1

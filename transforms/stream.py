@@ -48,11 +48,13 @@ class Stream:
             raise PassError(
                 "stream", f"{site.name} is behind the stream; visit sites in graph order"
             )
+        self._release()  # nodes may have been replaced since the last call
         for node in self.program.graph.nodes:
             if node is site:
                 break
             if node not in self._done:
                 self._execute(node)
+                self._release()
         return [tuple(values[n] for n in site.all_input_nodes) for values in self._values]
 
     @property
@@ -65,7 +67,10 @@ class Stream:
             for values, batch in zip(self._values, self._batches, strict=True):
                 values[node] = run_node(self.program, node, values, batch)
         self._done.add(node)
-        for used in {*node.all_input_nodes, node}:
-            if all(user in self._done for user in used.users) and used.op != "placeholder":
-                for values in self._values:
-                    values.pop(used, None)
+
+    def _release(self) -> None:
+        """Drop what no later node needs: replaced nodes, and values whose users have all run."""
+        for values in self._values:
+            for node in list(values):
+                if node._erased or all(user in self._done for user in node.users):
+                    del values[node]

@@ -28,7 +28,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         uint8, shape [..., ceil(K*bits/8)].
     """
     per, width = _period(bits)
-    padded = torch.nn.functional.pad(codes.to(torch.int32), (0, -codes.shape[-1] % per))
+    padded = torch.nn.functional.pad(codes.to(_wide(bits)), (0, -codes.shape[-1] % per))
     packed = _split(_join(padded, per, 2**bits), width, 256)
     return packed[..., : packed_bytes(codes.shape[-1], bits)].to(torch.uint8)
 
@@ -39,14 +39,14 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     Plain integer arithmetic, because every backend has it.
     """
     per, width = _period(bits)
-    padded = torch.nn.functional.pad(packed.to(torch.int32), (0, -packed.shape[-1] % width))
+    padded = torch.nn.functional.pad(packed.to(_wide(bits)), (0, -packed.shape[-1] % width))
     return _split(_join(padded, width, 256), per, 2**bits)[..., :count].to(torch.uint8)
 
 
 def _join(digits: Tensor, per: int, base: int) -> Tensor:
     """Runs of `per` digits, least significant first -> numbers: [..., K] -> [..., K/per]."""
     lanes = digits.unflatten(-1, (-1, per)).unbind(-1)
-    return torch.stack([lane * base**i for i, lane in enumerate(lanes)]).sum(0, dtype=torch.int32)
+    return torch.stack([lane * base**i for i, lane in enumerate(lanes)]).sum(0, dtype=digits.dtype)
 
 
 def _split(numbers: Tensor, per: int, base: int) -> Tensor:
@@ -56,6 +56,11 @@ def _split(numbers: Tensor, per: int, base: int) -> Tensor:
 
 
 def _period(bits: int) -> tuple[int, int]:
-    """Codes and bytes after which the bit stream is aligned again (at most 24 bits)."""
+    """Codes and bytes after which the bit stream is aligned again."""
     common = math.lcm(bits, 8)
     return common // bits, common // 8
+
+
+def _wide(bits: int) -> torch.dtype:
+    """An integer that holds a whole period: 24 bits, but 40 for 5 and 56 for 7 bits."""
+    return torch.int64 if bits in (5, 7) else torch.int32

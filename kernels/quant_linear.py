@@ -123,6 +123,7 @@ def _samples() -> Iterator[OpSample]:
     verify=_verify,
     cost=_cost,
     fake=_fake,
+    parameters=lambda x, codes, step, *_: codes.shape[0] * x.shape[-1] - step.numel(),
     samples=_samples,
 )
 def quant_linear(

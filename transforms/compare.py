@@ -80,7 +80,7 @@ def _wide(value: torch.Tensor) -> torch.Tensor:
 
 
 def _sqnr(signal: torch.Tensor, error: torch.Tensor) -> float | None:
-    noise, power = float(error.square().sum()), float(signal.square().sum())
+    noise, power = float(error.norm()), float(signal.norm())  # no underflow of squares
     if noise == 0:
         return None
-    return 10 * math.log10(power / noise) if power else -math.inf
+    return 20 * (math.log10(power) - math.log10(noise)) if power else -math.inf

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from resplice import weights
 from resplice.ops import find_op
 from resplice.program import Program
 
@@ -49,6 +50,18 @@ def program_cost(program: Program) -> Cost:
     for node in program.graph.nodes:
         total = total + node_cost(node)
     return total
+
+
+def parameter_count(program: Program) -> int:
+    """Model parameters: floating-point weights, and what packed integer weights stand for."""
+    plain = {weights.key(t): t.numel() for _, t in program.named_weights() if t.is_floating_point()}
+    count = sum(plain.values())
+    for node in program.graph.nodes:
+        op = find_op(node.target)
+        if op is not None and op.parameters is not None:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), _meta)
+            count += op.parameters(*args, **kwargs)
+    return count
 
 
 def node_cost(node: fx.Node) -> Cost:

@@ -215,10 +215,11 @@ def close(
     by_name = {n.name: n for n in module.graph.nodes if n.op == "placeholder"}
     for old, name in zip(hidden, weight_names, strict=True):
         weights.put(module, name, main.weight(name))
-        with module.graph.inserting_before(min(by_name[old].users)):
-            new = module.graph.get_attr(name)
-        new.meta = dict(by_name[old].meta)
-        by_name[old].replace_all_uses_with(new)
+        if by_name[old].users:
+            with module.graph.inserting_before(min(by_name[old].users)):
+                new = module.graph.get_attr(name)
+            new.meta = dict(by_name[old].meta)
+            by_name[old].replace_all_uses_with(new)
         module.graph.erase_node(by_name[old])
     module.recompile()
     return module

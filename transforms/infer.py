@@ -48,7 +48,9 @@ def infer_node(program: Program, node: fx.Node) -> None:
 def fake_of(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
     """A fake tensor with the layout of a real one, sizes static."""
     with mode:
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        return torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+        )
 
 
 def evaluate(mode: FakeTensorMode, node: fx.Node) -> Any:

@@ -60,6 +60,8 @@ def _drop_cast(program: Program, node: fx.Node) -> fx.Node | None:
     if node.target not in _CASTS:
         return None
     source = input_node(node)
+    if value_of(source).device != value_of(node).device:
+        return None
     if _dtype(source) == _dtype(node):
         return _unless_returned(node, source)
     if node.target is aten.to.dtype:

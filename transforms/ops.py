@@ -50,10 +50,9 @@ class Op:
         verify: Raises `OpError` for arguments outside the op's domain.
         cost_rule: FLOPs and bytes from meta tensors.
         fast: A faster implementation of the same meaning, used when called eagerly.
-        backward: Gradient rule `(context, grad) -> grads`, with `setup` saving what it needs.
+        parameters: Model parameters its packed constants stand for, less their own float entries.
         lowerings: Backend name -> function, or "module:function" loaded on demand. It receives
             the backend's builder first, so this file needs no backend installed.
-        lowering_error: Relative error a lowering may add, by backend (for declared bars).
         samples: Yields good, edge and to-be-refused calls.
     """
 
@@ -63,6 +62,7 @@ class Op:
     verify: Callable[..., None] | None = None
     cost_rule: Callable[..., Cost] | None = None
     fast: Callable[..., Any] | None = None
+    parameters: Callable[..., int] | None = None
     samples: Callable[[], Iterator[OpSample]] | None = None
     lowerings: dict[str, Callable[..., Any] | str] = field(default_factory=dict)
     __doc__: str | None = None
@@ -102,6 +102,7 @@ def op(
     cost: Callable[..., Cost] | None = None,
     fake: Callable[..., Any] | None = None,
     fast: Callable[..., Any] | None = None,
+    parameters: Callable[..., int] | None = None,
     samples: Callable[[], Iterator[OpSample]] | None = None,
 ) -> Callable[[Callable[..., Any]], Op]:
     """Register an op: its schema, reference and the rest of its declaration.
@@ -112,12 +113,16 @@ def op(
         cost: FLOPs and bytes of a call, from meta tensors.
         fake: Shape rule; by default the reference itself, run on fake tensors.
         fast: A faster eager implementation of the same meaning.
+        parameters: Model parameters its packed constants stand for, less their own float entries.
         samples: Sample calls for the generated tests.
     """
 
     def declare(reference: Callable[..., Any]) -> Op:
         name = schema.partition("(")[0]
-        found = Op(name, schema, reference, verify, cost, fast, samples, __doc__=reference.__doc__)
+        found = Op(
+            name, schema, reference, verify, cost, fast, parameters, samples,
+            __doc__=reference.__doc__,
+        )  # fmt: skip
         _register(found, fake or reference)
         _OPS[name] = found
         return found

@@ -121,6 +121,7 @@ def _apply(
                 *(kind() for kind in item.creates if kind not in function.facts)
             )
             function.history = (*function.history, str(item))
+            function.settle_weights()
             function.module.recompile()
         verify(draft)
         _keeps_promises(item, program, draft)

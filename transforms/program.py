@@ -226,6 +226,19 @@ class Program:
         self.call = replace(self.call, extra=(*self.call.extra, name))
         return node
 
+    def settle_weights(self) -> None:
+        """Read each weight once, right before its first use: one order for equal programs."""
+        first: dict[str, fx.Node] = {}
+        for node in list(self.graph.nodes):
+            for weight in [n for n in node.all_input_nodes if n.op == "get_attr"]:
+                known = first.setdefault(str(weight.target), weight)
+                if known is not weight:
+                    node.replace_input_with(weight, known)
+                elif min(weight.users) is node:
+                    node.prepend(weight)
+        for node in [n for n in self.graph.nodes if n.op == "get_attr" and not n.users]:
+            self.graph.erase_node(node)
+
     def sample_tensors(self) -> dict[str, torch.Tensor]:
         """Fresh copies of the sample inputs, safe to hand to a graph that writes its inputs."""
         return {node.name: self.samples[node.name].clone() for node in self.placeholders}

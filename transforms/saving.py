@@ -121,13 +121,13 @@ def load(path: str | Path, *, allow_pickle: bool = False) -> Program:
 
 
 def _extra_weights(program: Program) -> dict[str, torch.Tensor]:
-    """Weights that only further functions read."""
-    known = {weights.key(value) for _, value in program.named_weights()}
+    """Weights that only further functions read, or read under a name of their own."""
+    known = {name for name, _ in program.named_weights()}
     return {
         name: value
         for function in program.functions.values()
         for name, value in function.named_weights()
-        if weights.key(value) not in known
+        if name not in known
     }
 
 

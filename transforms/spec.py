@@ -107,7 +107,7 @@ class _Parser:
         known = {option_name(f.name): f.name for f in fields(cls)}
         key = key.replace("_", "-")
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
+            near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
             hint = (
                 f"did you mean {near[0]}?" if near else f"options are {', '.join(known) or 'none'}"
             )

@@ -15,7 +15,7 @@ from typing import Any
 
 from resplice import weights
 from resplice.artifact import Artifact, staged
-from resplice.cost import Cost, program_cost
+from resplice.cost import Cost, parameter_count, program_cost
 from resplice.pipeline import Step
 from resplice.program import Program
 
@@ -125,12 +125,11 @@ def _html(data: dict[str, Any]) -> str | None:
 
 def _size(program: Program) -> dict[str, Any]:
     cost: Cost = program_cost(program)
-    parameters = {weights.key(t): t.numel() for _, t in program.named_weights()}
     return {
         "flops": cost.flops,
         "bytes_moved": cost.bytes,
         "weight_bytes": weights.total_bytes(program.module),
-        "parameters": sum(parameters.values()),
+        "parameters": parameter_count(program),
         "nodes": len(program.graph.nodes),
     }
 

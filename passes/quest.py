@@ -143,8 +143,8 @@ class Quest(Pass):
     """Post-training quantisation of linear weights to few bits.
 
     Finds `linear`, `addmm` (GPT-2's Conv1D) and `matmul` by constant matrices. Left alone, with
-    the reason in the report: the output head (a linear layer whose result is returned), weights
-    tied to an embedding, and names matching `skip`.
+    the reason in the report: the output head (a linear layer whose result is returned), routers
+    (whose result is ranked), weights tied to an embedding, and names matching `skip`.
     """
 
     name = "quest"
@@ -156,7 +156,7 @@ class Quest(Pass):
         0, "weights per scale along the input axis; 0: one scale per output channel"
     )
     hadamard: Block = option("auto", "input-side rotation: auto, off, or a block size")
-    head: bool = option(False, "also quantise the output head and tied embeddings' readers")
+    head: bool = option(False, "also quantise the head, routers and readers of tied embeddings")
     skip: tuple[str, ...] = option((), "weight-name patterns to leave alone, such as *.down_proj.*")
 
     @property
@@ -231,7 +231,8 @@ class _QuantizeLinear(Rule):
         for skipped in options.skip:
             found.require(not fnmatch(name, skipped), f"{name} matches skip={skipped}")
         if not options.head:
-            found.require(not _is_head(found.root), "it is the output head (head=true includes it)")
+            role = _role(found.root)
+            found.require(role is None, f"it is {role} (head=true includes it)")
             found.require(not _feeds_embedding(weight), "its weight is an embedding table")
         if isinstance(options.hadamard, int):
             size = weight.meta["val"].shape[0 if self.transposed else 1]
@@ -290,17 +291,18 @@ def _rotated(build: Builder, x: fx.Node, block: int) -> fx.Node:
     return build(hadamard.overload, x, block)
 
 
-def _is_head(node: fx.Node) -> bool:
-    """Whether the result is returned after nothing but one-input ops (casts, views, soft-caps)."""
+def _role(node: fx.Node) -> str | None:
+    """What the result is for, if it only passes through one-input ops (casts, views, soft-caps)."""
     frontier = [node]
     while frontier:
-        current = frontier.pop()
-        for user in current.users:
+        for user in frontier.pop().users:
             if user.op == "output":
-                return True
+                return "the output head"
+            if user.target is torch.ops.aten.topk.default:
+                return "a router"
             if len([n for n in user.all_input_nodes if _is_tensor(n)]) == 1:
                 frontier.append(user)
-    return False
+    return None
 
 
 def _feeds_embedding(weight: fx.Node) -> bool:

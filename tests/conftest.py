@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -100,3 +100,35 @@ def factory_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(__import__("sys").modules, "subject", raising=False)
     return "subject"
+
+
+class Golden:
+    """Compares text with `golden/<pass>/<case>.txt`; remembers which files were used."""
+
+    used: ClassVar[set[Path]] = set()
+    folder = Path(__file__).parent / "golden"
+
+    def __init__(self, update: bool) -> None:
+        self._update = update
+
+    def check(self, case: str, text: str) -> None:
+        path = self.folder / f"{case}.txt"
+        Golden.used.add(path)
+        if self._update and not os.environ.get("CI"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text + "\n", encoding="utf-8")
+            pytest.fail(f"wrote {path.name}: read the diff, then run again without --update-golden")
+        if not path.exists():
+            pytest.fail(f"there is no {path}; run with --update-golden and read what it writes")
+        assert text + "\n" == path.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """Golden texts in our own printed form."""
+    return Golden(request.config.getoption("--update-golden"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--update-golden` writes golden files and fails once."""
+    parser.addoption("--update-golden", action="store_true", default=False)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812  # its usual name
+from torch.nn import functional as F  # its usual name
 
 from resplice.capture import capture
 from resplice.normal import normalize
@@ -38,7 +38,7 @@ X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
 def program_of(function: Callable[..., Any], *inputs: Tensor, training: bool = False) -> Program:
     """Capture a function of a module and tensors."""
-    return capture(Plain(function).train(training), inputs or (X,))
+    return capture(Plain(function).train(training), inputs or (X,), check=False)
 
 
 def body(program: Program) -> list[str]:
@@ -46,9 +46,9 @@ def body(program: Program) -> list[str]:
     return show(program).splitlines()[1:]
 
 
-def run(program: Program, passes: str) -> Program:
+def run(program: Program, passes: str, *, check: bool = True) -> Program:
     """Run passes, checked, and compare the results bit for bit on the samples."""
-    result, _ = Pipeline.of(passes).run(program, check=True)
+    result, _ = Pipeline.of(passes).run(program, check=check)
     for before, after in zip(results(program), results(result), strict=True):
         assert (before.dtype, before.shape) == (after.dtype, after.shape)
         assert torch.equal(before.nan_to_num(), after.nan_to_num())
@@ -58,9 +58,13 @@ def run(program: Program, passes: str) -> Program:
 
 
 def results(program: Program) -> tuple[Tensor, ...]:
-    """Outputs on the sample inputs, random ops seeded, state as captured."""
+    """Outputs on the sample inputs; random ops are seeded, state is put back afterwards."""
     torch.manual_seed(0)
-    return program.copy().run(program.sample_tensors())
+    state = {name: value.clone() for name, value in program.named_weights()}
+    outputs = tuple(value.clone() for value in program.run(program.sample_tensors()))
+    for name, value in program.named_weights():
+        value.data.copy_(state[name])
+    return outputs
 
 
 # ---- normal form, rule by rule -----------------------------------------------------------
@@ -128,7 +132,8 @@ def weights_of_rank(rank: int) -> Tensor:
         (lambda m, x: (x * 1.0).relu(), ["%0 = aten.relu(x): f32[3,4]"]),
         # dims count from the end
         (lambda m, x: torch.cat([x, x], 1), ["%0 = aten.cat([x, x], -1): f32[3,8]"]),
-        (lambda m, x: torch.stack([x, x], 0), ["%0 = aten.stack([x, x], -3): f32[2,3,4]"]),
+        (lambda m, x: torch.stack([x, x], 0), ["%0 = aten.stack([x, x]): f32[2,3,4]"]),
+        (lambda m, x: torch.stack([x, x], 1), ["%0 = aten.stack([x, x], -2): f32[3,2,4]"]),
         (lambda m, x: x.unsqueeze(1), ["%0 = aten.unsqueeze(x, -2): f32[3,1,4]"]),
         (lambda m, x: x.transpose(0, 1), ["%0 = aten.transpose(x, -2, -1): f32[4,3]"]),
         (lambda m, x: x.permute(1, 0), ["%0 = aten.permute(x, [-1, -2]): f32[4,3]"]),
@@ -217,9 +222,14 @@ def test_normal_form_is_normal() -> None:
 
 def test_empty_legacy_tensors_do_not_set_the_rank_of_cat() -> None:
     empty = torch.empty(0)
-    program = program_of(lambda m, x, e: torch.cat([e, x, x], 0), X, empty)
-    result = run(program, "canonicalize")
-    assert "-2)" in body(result)[0]
+    program = program_of(lambda m, x, e: torch.cat([e, x, x], 1), X, empty)
+    assert "tensors_0], -1): f32[3,8]" in body(run(program, "canonicalize"))[0]
+    (cat,) = (node for node in program.graph.nodes if node.op == "call_function")
+    cat.args = (cat.args[0], 0)  # written out, where the default is also zero
+    with program.fake_mode:
+        cat.meta["val"] = torch.empty(6, 4)
+    program.module.recompile()
+    assert "tensors_0], -2): f32[6,4]" in body(run(program, "canonicalize"))[0]
 
 
 def test_symbolic_sizes_are_dropped_where_provably_whole() -> None:
@@ -337,7 +347,7 @@ def test_different_computations_stay_apart(function: Callable[..., Any]) -> None
 )
 def test_random_ops_are_never_merged_or_folded(function: Callable[..., Any]) -> None:
     program = program_of(function, training=True)
-    result = run(program, "canonicalize,cse,fold,dce")
+    result = run(program, "canonicalize,cse,fold,dce", check=False)
     torch.manual_seed(1)
     first = result(X)
     torch.manual_seed(2)
@@ -349,7 +359,7 @@ def test_dropout_in_training_is_kept_and_in_eval_dropped() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.ReLU())
     for training in (True, False):
         program = capture(model.train(training), (X,))
-        result = run(program, "canonicalize,cse,fold,dce")
+        result = run(program, "canonicalize,cse,fold,dce", check=not training)
         assert any("dropout" in line for line in body(result)) == training
         assert result.training == training
 
@@ -365,9 +375,7 @@ def test_tied_weights_are_read_once() -> None:
             return self.a(x) * self.b(x)
 
     result = run(capture(Tied(), (X,)), "cse")
-    assert [line for line in body(result) if "linear" in line] == ["%1 = aten.linear(tensors_0, %0): f32[3,4]"] or (
-        len([line for line in body(result) if "linear" in line]) == 1
-    )
+    assert sum("linear" in line for line in body(result)) == 1
     assert len(list(result.named_weights())) == 1
 
 
@@ -574,7 +582,7 @@ def test_every_order_is_exact_in_both_modes(passes: str, training: bool) -> None
     model = Small().train(training)
     x = torch.randn(4, 16)
     program = capture(model, (x,))
-    result = run(program, passes)
+    result = run(program, passes, check=not training)
     torch.manual_seed(3)
     expected = model(x)
     torch.manual_seed(3)
@@ -586,8 +594,9 @@ def test_every_order_is_exact_in_both_modes(passes: str, training: bool) -> None
 def test_gradients_stay_the_same(training: bool) -> None:
     torch.manual_seed(0)
     model = Small().train(training)
+    model.batch.eval()
     program = capture(model, (torch.randn(4, 16),))
-    result = run(program, "canonicalize,cse,dce")
+    result = run(program, "canonicalize,cse,dce", check=not training)
     gradients = []
     for one in (program, result):
         x = torch.randn(4, 16, generator=torch.Generator().manual_seed(5)).requires_grad_()

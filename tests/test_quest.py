@@ -25,7 +25,6 @@ from resplice.passes.quest import Quest, hadamard_block, quantize_weight
 from resplice.pipeline import Pipeline
 from resplice.program import Program
 
-
 FLOAT_FLOOR_DB = -20 * math.log10(128 * torch.finfo(torch.float32).eps)
 """Float32 sums of up to 128 products, rotated or not, agree at least this well."""
 

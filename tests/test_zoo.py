@@ -40,12 +40,14 @@ def test_quest_rewrites_every_linear_layer_but_the_head(name: str) -> None:
     program = resplice.capture(model, sample, dynamic_shapes=shapes)
     small = resplice.optimize(program, "quest{weight-bits=8}")
     (step,) = [s for s in small.report.steps if s["pass"].startswith("quest")]
-    assert len(step["changes"][0]["sites"]) == SITES[name]
+    layers = [m for m in model.modules() if type(m).__name__ in ("Linear", "Conv1D")]
+    assert len(step["changes"][0]["sites"]) == len(layers) - 1  # the head, or BERT's pooler
+    reasons = [refusal["reason"] for refusal in step["changes"][0]["refusals"]]
+    routers = 2 if name == "qwen3moe" else 0
+    assert sum("it is a router" in reason for reason in reasons) == routers
+    assert sum("it is the output head" in reason for reason in reasons) == 1
     worst = max(o["relative"] for o in step["ledger"]["outputs"].values())
     assert 0 < worst < 0.2
-
-
-SITES = {"llama": 14, "gpt2": 8, "bert": 13, "vit": 12, "wan": 28, "qwen3moe": 10}
 
 
 def _tensors(model: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> list[torch.Tensor]:

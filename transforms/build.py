@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from resplice import weights
 from resplice.infer import fake_of, infer_node
@@ -33,6 +33,8 @@ class Builder:
 
     def weight(self, name: str, tensor: torch.Tensor) -> fx.Node:
         """Register a tensor and insert the node that reads it; a taken name gets a number."""
+        if hasattr(nn.Module, name.rpartition(".")[2]):
+            name += "_value"  # modules have an attribute of that name, such as `to` or `half`
         unique, count = name, 1
         while weights.has(self.program.module, unique):
             if weights.key(self.program.weight(unique)) == weights.key(tensor):

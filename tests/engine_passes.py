@@ -90,7 +90,9 @@ class HalveRows(Pass):
             rows = source.meta["val"].shape[0]
             build = Builder(program, min(user for user in source.users), self.name)
             size = build.size(source, 0)
-            half = build(operator.floordiv, size, 2) if isinstance(rows, torch.SymInt) else rows // 2
+            half = (
+                build(operator.floordiv, size, 2) if isinstance(rows, torch.SymInt) else rows // 2
+            )
             pairs = build(ATEN.reshape.default, source, [half, 2, 32])
             merged = build(ATEN.mean.dim, pairs, [1])
             for user in [u for u in source.users if u.target is ATEN.linear.default]:
@@ -119,7 +121,9 @@ class _Round(Rule):
         self.context = context
 
     def pattern(self) -> object:
-        return aten.linear(Var("x"), Var("w", lambda n: None if n.op == "get_attr" else "computed"), Var("b"))
+        return aten.linear(
+            Var("x"), Var("w", lambda n: None if n.op == "get_attr" else "computed"), Var("b")
+        )
 
     def check(self, found: Match) -> None:
         name = str(found.node("w").target)
@@ -168,17 +172,23 @@ class ScaleToUnit(Pass):
             inputs = stream.inputs_of(site)
             name, bias = str(site.args[1].target), program.weight(site.args[2])
             weight = program.weight(name)
-            outputs = torch.cat([nn.functional.linear(values[0], weight, bias) for values in inputs])
+            outputs = torch.cat(
+                [nn.functional.linear(values[0], weight, bias) for values in inputs]
+            )
             gain = 1 / float(outputs.square().mean().sqrt())
             build = Builder(program, site, self.name)
             new = build(
                 ATEN.linear.default,
                 site.args[0],
                 build.weight(f"{name}_unit", nn.Parameter(weight * gain, requires_grad=False)),
-                build.weight(f"{site.args[2].target}_unit", nn.Parameter(bias * gain, requires_grad=False)),
+                build.weight(
+                    f"{site.args[2].target}_unit", nn.Parameter(bias * gain, requires_grad=False)
+                ),
             )
             replace_node(program, site, new, self.name)
-            change.sites.append(Site(new.name, origin(new), metrics={"gain": gain, "live": stream.live}))
+            change.sites.append(
+                Site(new.name, origin(new), metrics={"gain": gain, "live": stream.live})
+            )
         program.graph.eliminate_dead_code()
         program.drop_unused_weights()
         return change
@@ -207,7 +217,7 @@ class TwoFunctions(Pass):
 
 @dataclass(frozen=True)
 class AddScale(Pass):
-    """Multiply the result of every gated layer by a new trainable scale (as QAT adds parameters)."""
+    """Multiply the result of every gated layer by a new trainable scale (as QAT does)."""
 
     name = "add-scale"
     start: float = option(1.0, "initial value")

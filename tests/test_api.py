@@ -66,7 +66,11 @@ def test_passes_may_be_text_objects_or_a_mix(mlp: nn.Module) -> None:
     x = (torch.randn(4, 32),)
     results = [
         resplice.optimize(mlp, passes, example_inputs=x)(*x)
-        for passes in ("cse,quest{weight-bits=4}", ["cse", Quest()], [*resplice.parse("cse"), Quest()])
+        for passes in (
+            "cse,quest{weight-bits=4}",
+            ["cse", Quest()],
+            [*resplice.parse("cse"), Quest()],
+        )
     ]
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
@@ -80,7 +84,9 @@ def test_a_module_needs_inputs(mlp: nn.Module) -> None:
 
 
 def test_an_exact_pass_that_is_not_is_caught_and_located(program: Program) -> None:
-    with pytest.raises(NumericsError, match="spoil declares itself exact but moved the output") as caught:
+    with pytest.raises(
+        NumericsError, match="spoil declares itself exact but moved the output"
+    ) as caught:
         resplice.optimize(program, [Spoil()])
     assert "first at" in caught.value.where
     assert "conftest.py" in caught.value.where

@@ -260,9 +260,7 @@ class Trap:
 
 @pytest.mark.parametrize("names", [None, ["a"]])
 @pytest.mark.parametrize("kind", [f"{__name__}:Trap", "subprocess:Popen", "builtins:eval"])
-def test_a_structure_from_a_file_makes_containers_only(
-    kind: str, names: list[str] | None
-) -> None:
+def test_a_structure_from_a_file_makes_containers_only(kind: str, names: list[str] | None) -> None:
     structure = {"type": kind, "names": names, "items": [{"constant": "true"}]}
     assert rebuild(structure, iter(())) == {(names or ["0"])[0]: "true"}
     assert Trap.made == 0
@@ -286,7 +284,12 @@ def test_a_class_with_other_fields_by_now_comes_back_as_a_dict() -> None:
 
 def test_a_spec_reads_back_from_json() -> None:
     outputs, _ = describe({"out": Pair(A, None), "list": [B]})
-    leaves = (*SIMPLE.leaves, Leaf("n", constant=3), Leaf("s", constant="x"), Leaf("f", constant=0.5))
+    leaves = (
+        *SIMPLE.leaves,
+        Leaf("n", constant=3),
+        Leaf("s", constant="x"),
+        Leaf("f", constant=0.5),
+    )
     spec = CallSpec(SIMPLE.parameters, leaves, outputs, extra=("grid",))
     back = CallSpec.from_json(json.loads(json.dumps(spec.to_json())))
     assert back == spec

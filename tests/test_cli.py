@@ -41,7 +41,9 @@ def test_show_prints_the_program(cli: Cli, factory_module: str) -> None:
     assert "linear.py" not in out.splitlines()[3] or "0" in out
 
 
-def test_explain_writes_nothing(cli: Cli, factory_module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explain_writes_nothing(
+    cli: Cli, factory_module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     monkeypatch.chdir(empty)
@@ -55,7 +57,17 @@ def test_explain_writes_nothing(cli: Cli, factory_module: str, tmp_path: Path, m
 
 def test_convert_check_and_run_again(cli: Cli, factory_module: str, tmp_path: Path) -> None:
     model, target = f"{factory_module}:mlp", tmp_path / "model.onnx"
-    code, out, _ = cli("convert", model, "-p", "quest{weight-bits=8}", "-o", target, "--report", tmp_path / "r", "--json")
+    code, out, _ = cli(
+        "convert",
+        model,
+        "-p",
+        "quest{weight-bits=8}",
+        "-o",
+        target,
+        "--report",
+        tmp_path / "r",
+        "--json",
+    )
     assert code == 0
     data = json.loads(out)
     assert data["pipeline"] == "canonicalize,quest{weight-bits=8}"
@@ -73,9 +85,13 @@ def test_convert_check_and_run_again(cli: Cli, factory_module: str, tmp_path: Pa
     assert "--inputs FILE.npz" in err
 
 
-def test_a_program_is_converted_and_read_back(cli: Cli, factory_module: str, tmp_path: Path) -> None:
+def test_a_program_is_converted_and_read_back(
+    cli: Cli, factory_module: str, tmp_path: Path
+) -> None:
     target = tmp_path / "small.pt2"
-    assert cli("convert", f"{factory_module}:mlp", "-p", "quest", "--to", "pt2", "-o", target)[0] == 0
+    assert (
+        cli("convert", f"{factory_module}:mlp", "-p", "quest", "--to", "pt2", "-o", target)[0] == 0
+    )
     code, out, _ = cli("show", target)
     assert code == 0
     assert "resplice.quant_linear" in out
@@ -91,9 +107,13 @@ def test_bench_gives_a_ratio_beside_its_ideal(cli: Cli, factory_module: str) -> 
     assert data["rounds"] == 3
 
 
-def test_bisect_names_the_rewrite_and_saves_a_repro(cli: Cli, factory_module: str, tmp_path: Path) -> None:
+def test_bisect_names_the_rewrite_and_saves_a_repro(
+    cli: Cli, factory_module: str, tmp_path: Path
+) -> None:
     model = f"{factory_module}:mlp"
-    code, out, _ = cli("bisect", model, "-p", "quest{weight-bits=1}", "--bar", "1e-3", "--save", tmp_path, "--json")
+    code, out, _ = cli(
+        "bisect", model, "-p", "quest{weight-bits=1}", "--bar", "1e-3", "--save", tmp_path, "--json"
+    )
     assert code == 6
     culprit = json.loads(out[: out.index('{"error"')])["culprit"]
     assert culprit["index"] == 1
@@ -107,7 +127,11 @@ CASES = [
     (2, ("passes", "qest"), "did you mean quest?"),
     (2, ("explain", "subject:mlp", "-p", "quest{weight-bits=x}"), "must be a whole number"),
     (2, ("explain", "subject:mlp", "-p", "quest{bits=4}"), "did you mean weight-bits?"),
-    (2, ("convert", "subject:mlp", "-o", "x.onnx", "--to", "tflite"), "there is no backend 'tflite'"),
+    (
+        2,
+        ("convert", "subject:mlp", "-o", "x.onnx", "--to", "tflite"),
+        "there is no backend 'tflite'",
+    ),
     (2, ("show", "nonsense"), "names no model"),
     (2, ("show", "subject:missing"), "can't be imported"),
     (2, ("show", "subject:wrong"), "not a model with inputs"),
@@ -151,7 +175,9 @@ def test_numbers_past_the_bar_exit_6_and_leave_nothing(
     assert not (tmp_path / "m.onnx").exists()
 
 
-def test_a_full_disk_exits_7(cli: Cli, factory_module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_exits_7(
+    cli: Cli, factory_module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -181,7 +207,9 @@ def test_a_missing_extra_names_the_install_command(
     assert "pip install 'resplice[onnx]'" in err
 
 
-def test_an_internal_error_exits_1_without_a_traceback(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_internal_error_exits_1_without_a_traceback(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("resplice.cli.inspect.pass_table", lambda: 1 / 0)
     code, out, err = cli("passes")
     assert (code, out) == (1, "")

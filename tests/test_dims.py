@@ -52,8 +52,8 @@ def test_texts_that_name_a_dimension(text: str, dim: Dim) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    ["", "2", "2*", "*rows", "seq=", "seq=8", "seq=a:b", "seq=-1:4", "a b", "a+b", "rows*2", 7, None,
-     "seq=9:3"],
+    ["", "2", "2*", "*rows", "seq=", "seq=8", "seq=a:b", "seq=-1:4", "a b", "a+b", "rows*2", 7,
+     None, "seq=9:3"],
 )  # fmt: skip
 def test_other_values_name_none(value: object) -> None:
     with pytest.raises(UsageError) as caught:
@@ -190,7 +190,7 @@ def test_a_call_at_other_sizes_is_accepted(batch: int, rows: int, length: int) -
     [
         ((17, 8), (5,), r"dimension batch is 17, must be 2 to 16"),
         ((1, 8), (5,), r"dimension batch is 1, must be 2 to 16"),
-        ((3, 7), (5,), r"x has size 7 on axis 1, expected 2\*rows|2\*rows is 7, must be a multiple of 2"),
+        ((3, 7), (5,), r"x has size 7 on axis 1, expected 2\*rows"),
         ((3, 8), (1,), r"dimension length is 1, must be 2 to any"),
         ((3, 8, 1), (5,), r"input x has 3 axes, expected 2"),
     ],

@@ -39,7 +39,10 @@ def test_a_pass_adds_a_model_input(program: Program, mlp: nn.Module) -> None:
     shifted = _run(program, AddInput())
     x, offset = torch.randn(8, 32), torch.randn(8, 32)
     torch.testing.assert_close(shifted(x, offset=offset), mlp(x + offset))
-    assert [str(port) for port in shifted.inputs] == ["x: f32[2*pairs,32]", "offset: f32[2*pairs,32]"]
+    assert [str(port) for port in shifted.inputs] == [
+        "x: f32[2*pairs,32]",
+        "offset: f32[2*pairs,32]",
+    ]
     assert shifted.facts.get(Shifted).input == "offset"
     with pytest.raises(InputError, match="input offset is missing"):
         shifted(x)
@@ -47,7 +50,9 @@ def test_a_pass_adds_a_model_input(program: Program, mlp: nn.Module) -> None:
         shifted(x, offset=offset[:6])
 
 
-def test_an_added_input_survives_saving_and_onnx(program: Program, mlp: nn.Module, tmp_path: Path) -> None:
+def test_an_added_input_survives_saving_and_onnx(
+    program: Program, mlp: nn.Module, tmp_path: Path
+) -> None:
     shifted = _run(program, AddInput())
     loaded = resplice.load(resplice.save(shifted, tmp_path / "shifted.pt2"))
     x, offset = torch.randn(6, 32), torch.randn(6, 32)
@@ -57,10 +62,14 @@ def test_an_added_input_survives_saving_and_onnx(program: Program, mlp: nn.Modul
     torch.testing.assert_close(outputs["output"], mlp(x + offset))
 
 
-def test_an_axis_changes_length_and_everything_downstream_follows(program: Program, mlp: nn.Module) -> None:
+def test_an_axis_changes_length_and_everything_downstream_follows(
+    program: Program, mlp: nn.Module
+) -> None:
     halved = _run(program, HalveRows())
     verify(halved)
-    inner = [halved.shape(n)[0] for n in halved.graph.nodes if n.target is torch.ops.aten.silu.default]
+    inner = [
+        halved.shape(n)[0] for n in halved.graph.nodes if n.target is torch.ops.aten.silu.default
+    ]
     assert inner == ["pairs", "pairs"]
     assert halved.outputs == program.outputs
     x = torch.randn(6, 32)
@@ -75,12 +84,17 @@ def test_an_axis_changes_length_and_everything_downstream_follows(program: Progr
 
 def test_weights_are_replaced_without_holding_two_copies(mlp: nn.Module) -> None:
     program = resplice.capture(mlp, (torch.randn(4, 32),))
-    storages = [weakref.ref(layer.weight) for layer in mlp.modules() if isinstance(layer, nn.Linear)]
+    storages = [
+        weakref.ref(layer.weight) for layer in mlp.modules() if isinstance(layer, nn.Linear)
+    ]
     live_at_rewrite: list[int] = []
     original_weight = Program.weight
 
     def counting(self: Program, name: object) -> torch.Tensor:
-        old = sum(not n.endswith(("_rounded", "bias")) and "norm" not in n for n, _ in self.named_weights())
+        old = sum(
+            not n.endswith(("_rounded", "bias")) and "norm" not in n
+            for n, _ in self.named_weights()
+        )
         live_at_rewrite.append(old)
         return original_weight(self, name)  # type: ignore[arg-type]
 
@@ -91,11 +105,15 @@ def test_weights_are_replaced_without_holding_two_copies(mlp: nn.Module) -> None
         RoundWeights().run(draft, Context())
     assert live_at_rewrite[-1] < live_at_rewrite[0]
     assert sorted(set(live_at_rewrite), reverse=True) == list(range(len(storages), 0, -1))
-    assert all(name.endswith(("_rounded", "bias")) or "norm" in name for name, _ in draft.named_weights())
+    assert all(
+        name.endswith(("_rounded", "bias")) or "norm" in name for name, _ in draft.named_weights()
+    )
 
 
 @torch.no_grad()
-def test_calibration_flows_through_the_already_rewritten_part(program: Program, mlp: nn.Module) -> None:
+def test_calibration_flows_through_the_already_rewritten_part(
+    program: Program, mlp: nn.Module
+) -> None:
     batches = [{"x": torch.randn(16, 32)} for _ in range(3)]
     scaled, steps = Pipeline.of([ScaleToUnit()]).run(program, Context(calibration=batches))
     x = torch.cat([batch["x"] for batch in batches])
@@ -104,7 +122,9 @@ def test_calibration_flows_through_the_already_rewritten_part(program: Program, 
         update = layer["down"](nn.functional.silu(layer["gate"](x)) * layer["up"](x)) * gain
         assert float(update.square().mean().sqrt()) == pytest.approx(1.0, rel=1e-4)
         x = x + update
-    torch.testing.assert_close(scaled(batches[0]["x"]), mlp.head(mlp.norm(x[:16])), rtol=1e-4, atol=1e-4)  # type: ignore[operator]
+    torch.testing.assert_close(
+        scaled(batches[0]["x"]), mlp.head(mlp.norm(x[:16])), rtol=1e-4, atol=1e-4
+    )  # type: ignore[operator]
 
 
 def test_calibration_holds_one_layer_however_deep_the_model() -> None:
@@ -116,7 +136,9 @@ def test_calibration_holds_one_layer_however_deep_the_model() -> None:
     assert len(set(held[1:])) == 1, held
 
 
-def test_two_functions_share_one_set_of_weights(program: Program, mlp: nn.Module, tmp_path: Path) -> None:
+def test_two_functions_share_one_set_of_weights(
+    program: Program, mlp: nn.Module, tmp_path: Path
+) -> None:
     both = _run(program, TwoFunctions(), RoundWeights())
     negated = both.functions["negated"]
     for name, value in both.named_weights():
@@ -175,13 +197,18 @@ PASSES: dict[str, Pass] = {
 
 
 @pytest.mark.parametrize(("first", "second"), list(permutations(PASSES, 2)))
-def test_any_two_compose_or_are_refused_with_the_broken_fact(first: str, second: str, program: Program) -> None:
+def test_any_two_compose_or_are_refused_with_the_broken_fact(
+    first: str, second: str, program: Program
+) -> None:
     batch = {"x": torch.randn(4, 32), "offset": torch.zeros(4, 32)}
     pipeline = Pipeline.of([PASSES[first], PASSES[second]])
     if (first, second) == ("weights", "data"):
         with pytest.raises(CompositionError) as refused:
             pipeline.run(program)
-        assert 'scale-to-unit needs "weights are float constants", which round-weights broke' in str(refused.value)
+        assert (
+            'scale-to-unit needs "weights are float constants", which round-weights broke'
+            in str(refused.value)
+        )
         assert "a legal order is canonicalize,scale-to-unit,round-weights" in str(refused.value)
         return
     result, _ = pipeline.run(program, Context(calibration=[batch]))

@@ -176,7 +176,9 @@ def mean_squared_error(alpha: float, bits: int) -> float:
     levels = np.linspace(-alpha, alpha, 2**bits)
     edges = np.concatenate(([-np.inf], (levels[1:] + levels[:-1]) / 2, [np.inf]))
     inside = np.isfinite(edges)
-    density = np.where(inside, np.exp(-np.where(inside, edges, 0) ** 2 / 2) / math.sqrt(2 * math.pi), 0)
+    density = np.where(
+        inside, np.exp(-(np.where(inside, edges, 0) ** 2) / 2) / math.sqrt(2 * math.pi), 0
+    )
     below = np.array([0.5 * math.erfc(-edge / math.sqrt(2)) for edge in edges])
     moment = np.where(inside, edges, 0) * density
     c = levels

@@ -67,11 +67,21 @@ def test_a_pass_prints_as_before(spec: str, model: str, rewrites: int, golden: G
     change = steps[-1].changes[0]
     assert change.count == rewrites
     refusals = "\n".join(str(refusal) for refusal in change.refusals) or "none"
-    parts = [f"# {spec}", resplice.show(program), "# after", resplice.show(result), "# refused", refusals]
+    parts = [
+        f"# {spec}",
+        resplice.show(program),
+        "# after",
+        resplice.show(result),
+        "# refused",
+        refusals,
+    ]
     case = spec.replace("{", "-").replace("}", "").replace("=", "").replace(" ", "-")
     golden.check(f"{spec.partition('{')[0]}/{case}-{model}", "\n".join(parts))
 
 
 def test_no_golden_file_is_stale() -> None:
-    names = {f"{s.replace('{', '-').replace('}', '').replace('=', '').replace(' ', '-')}-{m}" for s, m, _ in CASES}
+    names = {
+        f"{s.replace('{', '-').replace('}', '').replace('=', '').replace(' ', '-')}-{m}"
+        for s, m, _ in CASES
+    }
     assert {path.stem for path in Golden.folder.rglob("*.txt")} == names

@@ -48,8 +48,9 @@ def _module_imports(tree: ast.Module) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             found += [f"{node.module}.{a.name}" for a in node.names] + [str(node.module)]
         elif isinstance(node, ast.If | ast.Try | ast.With | ast.ClassDef):
-            if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
-                stack += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+            typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+            inner = [] if typing_only else ast.iter_child_nodes(node)
+            stack += [child for child in inner if isinstance(child, ast.stmt)]
     return found
 
 
@@ -65,7 +66,9 @@ def test_imports_only_go_downwards(folder: str) -> None:
 
 
 def test_every_folder_with_code_is_packaged() -> None:
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
+        "setuptools"
+    ]
     found = set()
     for folder, name in FOLDERS.items():
         for path in (ROOT / folder).rglob("__init__.py"):
@@ -78,7 +81,9 @@ def test_every_folder_with_code_is_packaged() -> None:
 
 
 def test_only_the_agreed_folders_hold_code() -> None:
-    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=False)
+    listed = subprocess.run(
+        ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     top = {line.split("/")[0] for line in listed.stdout.splitlines()}
     assert top <= {*FOLDERS, "tests", "examples"}
 
@@ -88,7 +93,9 @@ def test_importing_resplice_loads_no_heavy_package() -> None:
         "import sys, resplice, resplice.passes.quest, resplice.kernels, resplice.cli.app\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules])"
     )
-    result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "[]"
 
 
@@ -97,13 +104,17 @@ def test_the_generic_folder_names_are_not_importable() -> None:
         "import importlib.util as u\n"
         "print([n for n in ('passes', 'backends', 'transforms') if u.find_spec(n)])"
     )
-    result = subprocess.run([sys.executable, "-P", "-c", code], cwd="/", capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd="/", capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "[]"
 
 
 def test_the_root_package_refuses_its_folder_name() -> None:
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import transforms"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert "import this package as `resplice`" in result.stderr
 
 
@@ -113,7 +124,9 @@ def test_every_public_function_says_what_it_does(folder: str) -> None:
     for path in _sources(folder):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in tree.body:
-            public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+            public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith(
+                "_"
+            )
             if public and not ast.get_docstring(node):  # type: ignore[arg-type]
                 bare.append(f"{path.name}:{node.lineno} {node.name}")  # type: ignore[attr-defined]
     assert bare == []

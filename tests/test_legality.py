@@ -164,7 +164,13 @@ def test_the_first_problem_is_the_one_reported() -> None:
 
 
 def test_a_legal_order_is_proposed_from_every_order_and_is_legal() -> None:
-    passes = [BREAKER, READER, PLAIN, fake("late", after=["breaker"]), fake("early", before=["reader"])]
+    passes = [
+        BREAKER,
+        READER,
+        PLAIN,
+        fake("late", after=["breaker"]),
+        fake("early", before=["reader"]),
+    ]
     for order in permutations(passes):
         found = legality.legal_order(order, HELD)
         assert found is not None

@@ -1,4 +1,4 @@
-"""The ONNX backend: numbers at two sizes, refusals, external data, metadata, nothing half-written."""
+"""The ONNX backend: numbers, refusals, external data, metadata, nothing half-written."""
 
 from __future__ import annotations
 
@@ -34,9 +34,19 @@ def test_left_padding_gives_zeros_not_the_mean_of_values(tmp_path: Path) -> None
         assert found[..., 1, :].abs().max() == 0
 
 
-@pytest.mark.parametrize("options", [OnnxOptions(), OnnxOptions(accuracy_level=0), OnnxOptions(portable=True)])
-@pytest.mark.parametrize("spec", ["quest{weight-bits=1}", "quest{weight-bits=2 group=32}",
-                                  "quest{weight-bits=3 hadamard=off}", "quest", "quest{weight-bits=8}"])  # fmt: skip
+@pytest.mark.parametrize(
+    "options", [OnnxOptions(), OnnxOptions(accuracy_level=0), OnnxOptions(portable=True)]
+)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "quest{weight-bits=1}",
+        "quest{weight-bits=2 group=32}",
+        "quest{weight-bits=3 hadamard=off}",
+        "quest",
+        "quest{weight-bits=8}",
+    ],
+)
 def test_packed_weights_lower_exactly(
     spec: str, options: OnnxOptions, program: Program, tmp_path: Path
 ) -> None:
@@ -47,14 +57,20 @@ def test_packed_weights_lower_exactly(
     x = torch.randn(10, 32)
     error = (artifact.run({"x": x})["output"] - small(x)).abs().max() / small(x).abs().max()
     assert error < (0.05 if options.accuracy_level == 4 and not options.portable else 1e-5)
-    assert artifact.bar < 0.1 if options.accuracy_level == 4 else artifact.bar == backend_module.EXACT_BAR
+    assert (
+        artifact.bar < 0.1
+        if options.accuracy_level == 4
+        else artifact.bar == backend_module.EXACT_BAR
+    )
 
 
 def test_packed_weights_are_small_on_disk(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(512, 512, bias=False), nn.ReLU(), nn.Linear(512, 8)).eval()
     sizes = {}
     for bits in (16, 8, 4, 2):
-        small = resplice.optimize(model, f"quest{{weight-bits={bits}}}", example_inputs=(torch.randn(2, 512),))
+        small = resplice.optimize(
+            model, f"quest{{weight-bits={bits}}}", example_inputs=(torch.randn(2, 512),)
+        )
         sizes[bits] = small.to_onnx(tmp_path / f"{bits}.onnx").nbytes
     weights = 512 * 512
     for bits in (8, 4, 2):
@@ -129,7 +145,9 @@ def test_a_wrong_lowering_is_caught_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_leaves_nothing(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 

@@ -302,14 +302,17 @@ def test_cost_of_a_packed_layer(bits: int) -> None:
 def test_hadamard_is_orthonormal_and_its_own_inverse(block: int) -> None:
     matrix = hadamard_matrix(block)
     eps = torch.finfo(torch.float64).eps
-    assert float((matrix @ matrix - torch.eye(block, dtype=torch.float64)).abs().max()) <= block * eps
+    assert (
+        float((matrix @ matrix - torch.eye(block, dtype=torch.float64)).abs().max()) <= block * eps
+    )
     assert torch.equal(matrix, matrix.t())
     signs = [[(-1) ** (i & j).bit_count() for j in range(block)] for i in range(block)]
     assert torch.equal(matrix.sign(), torch.tensor(signs, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
-    ("size", "block"), [(1, 1), (3, 1), (12, 4), (48, 16), (64, 64), (128, 128), (384, 128), (4096, 128)]
+    ("size", "block"),
+    [(1, 1), (3, 1), (12, 4), (48, 16), (64, 64), (128, 128), (384, 128), (4096, 128)],
 )
 def test_the_largest_block(size: int, block: int) -> None:
     assert largest_block(size) == block
@@ -354,9 +357,7 @@ def test_onnxruntime_agrees(op: Op, options: dict[str, Any], tmp_path: Path) -> 
     onnx = pytest.importorskip("resplice.backends.onnx")
     samples = [sample for o, sample in GOOD if o is op]
     program = program_of(op, *samples)
-    artifact = onnx.OnnxBackend().lower(
-        program, tmp_path / "ops.onnx", onnx.OnnxOptions(**options)
-    )
+    artifact = onnx.OnnxBackend().lower(program, tmp_path / "ops.onnx", onnx.OnnxOptions(**options))
     assert artifact.bar <= onnx.backend.EXACT_BAR, "no error is allowed for without int8"
     inputs = {f"inputs_{i}": sample.args[0] for i, sample in enumerate(samples)}
     found = artifact.run(inputs)

@@ -397,7 +397,9 @@ def test_getitem_takes_one_result() -> None:
 def test_overloads_of_one_op_share_a_name() -> None:
     assert find(aten.add(X, Y), lambda a, b, c: a + b)
     assert find(aten.add(X, Y), lambda a, b, c: a + 1.0)
-    assert missed(aten.add(X, Y), lambda a, b, c: a - b).reason == "expected aten.add, found aten.sub"
+    assert (
+        missed(aten.add(X, Y), lambda a, b, c: a - b).reason == "expected aten.add, found aten.sub"
+    )
 
 
 def test_kinds_of_nodes_have_names() -> None:
@@ -594,6 +596,8 @@ def test_gelu_of_two_values_is_refused() -> None:
 
 
 def test_every_silu_of_a_program_is_found_once() -> None:
-    program = program_of(lambda a: (a * a.sigmoid()).neg() * (a * a.sigmoid()).neg().sigmoid(), (3,))
+    program = program_of(
+        lambda a: (a * a.sigmoid()).neg() * (a * a.sigmoid()).neg().sigmoid(), (3,)
+    )
     silu = aten.mul(X, aten.sigmoid(X))
     assert len(all_matches(program, silu)) == 2

@@ -50,7 +50,9 @@ def block(seed: int = 0, **sizes: int) -> Block:
 
 def program_of(model: nn.Module, *inputs: Any) -> Program:
     """Capture on given or random inputs."""
-    return capture(model, inputs or (torch.randn(3, 32, generator=torch.Generator().manual_seed(1)),))
+    return capture(
+        model, inputs or (torch.randn(3, 32, generator=torch.Generator().manual_seed(1)),)
+    )
 
 
 def run(program: Program, item: Quest | None = None) -> tuple[Program, Change]:

@@ -1,6 +1,6 @@
 """The HTML report: complete, safe and readable from any report JSON."""
 
-# ruff: noqa: D103  # the names of the tests say it
+# the names of the tests say it
 from __future__ import annotations
 
 import math

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from resplice import capture, load, save
 from resplice.errors import CaptureError
 from resplice.safety import check_archive
-from resplice.saving import load as load_program
 
 FLAG = "RESPLICE_TEST_PAYLOAD_RAN"
 
@@ -62,7 +61,9 @@ class Model(nn.Module):
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A program saved by us."""
     torch.manual_seed(0)
-    program = capture(Model().eval(), (torch.randn(6, 4),), dynamic_shapes={"x": {0: "2*pairs=2:64"}})
+    program = capture(
+        Model().eval(), (torch.randn(6, 4),), dynamic_shapes={"x": {0: "2*pairs=2:64"}}
+    )
     return save(program, tmp_path_factory.mktemp("saved") / "ours.pt2")
 
 
@@ -172,7 +173,7 @@ def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.pt2"
     for content in (b"", b"not a zip", pickled()):
         path.write_bytes(content)
-        with pytest.raises(CaptureError, match="is not a .pt2 archive"):
+        with pytest.raises(CaptureError, match=r"is not a \.pt2 archive"):
             load(path)
 
 
@@ -205,7 +206,7 @@ def test_the_payload_would_have_run_without_the_check(saved: Path, tmp_path: Pat
     """Otherwise the tests above prove nothing."""
     path = tampered(saved, tmp_path, added("data/sample_inputs/model.pt", torch_pickled()))
     with pytest.raises(Exception):  # noqa: B017  # whatever torch makes of an empty sample
-        load_program(path, allow_pickle=True).samples["x"].shape
+        _ = load(path, allow_pickle=True).samples["x"].shape
     assert os.environ.get(FLAG) == "1"
 
 
@@ -228,7 +229,9 @@ def test_the_payload_would_have_run_without_the_check(saved: Path, tmp_path: Pat
 def test_files_that_torch_would_unpickle_or_run_are_refused(
     saved: Path, tmp_path: Path, name: str
 ) -> None:
-    error = refused(saved, tmp_path, added(name, torch_pickled()), "it holds pickled objects or code")
+    error = refused(
+        saved, tmp_path, added(name, torch_pickled()), "it holds pickled objects or code"
+    )
     assert error.where.endswith(name)
 
 
@@ -306,8 +309,8 @@ EVIL = f"__import__('os').environ.__setitem__('{FLAG}', '1')"
         "lambda: 0",
         "[x for x in (1,)]",
         "Symbol('s0');1",
-        "Symbol(\"s0\")",
-        "Ｓymbol('s0')",
+        'Symbol("s0")',
+        "\uff33ymbol('s0')",
         "getattr(Integer, 'x')",
         "S('1')",
         "0x10 @ 3",

@@ -88,7 +88,9 @@ def test_bad_paths_are_refused(program: Program, tmp_path: Path) -> None:
         resplice.load(tmp_path / "text.pt2")
 
 
-def test_a_full_disk_leaves_nothing(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -98,7 +100,9 @@ def test_a_full_disk_leaves_nothing(program: Program, tmp_path: Path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_newer_format_is_refused(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_newer_format_is_refused(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("resplice.saving.SCHEMA", 99)
     path = resplice.save(program, tmp_path / "new.pt2")
     monkeypatch.undo()

@@ -76,7 +76,9 @@ def _local_passes() -> Iterator[None]:
 
 INTS = st.integers(-(10**12), 10**12)
 TEXT = st.text(st.characters(codec="utf-8"), max_size=12)
-TRICKY = st.sampled_from(["", "none", "true", "1", "a b", 'say "hi"', "a\\b", "\\", "{x=1}", "a,b", "="])
+TRICKY = st.sampled_from(
+    ["", "none", "true", "1", "a b", 'say "hi"', "a\\b", "\\", "{x=1}", "a,b", "="]
+)
 WORDS = TEXT | TRICKY | st.text(string.printable, max_size=8)
 EVERY = st.builds(
     Every,
@@ -182,18 +184,33 @@ ERRORS = [
     ("bare,quset{head=true}", "bare,", "there is no pass 'quset'", "did you mean quest?"),
     ("xyzzy", "", "there is no pass 'xyzzy'", "passes are bare, "),
     ("every{cuont=1}", "every{", "every has no option 'cuont'", "did you mean count?"),
-    ("every{count=2 zzz=1}", "every{count=2 ", "every has no option 'zzz'", "options are count, ratio"),
+    (
+        "every{count=2 zzz=1}",
+        "every{count=2 ",
+        "every has no option 'zzz'",
+        "options are count, ratio",
+    ),
     ("bare{zzz=1}", "bare{", "bare has no option 'zzz'", "options are none"),
     ("every{count=x}", "every{count=", "every: count must be a whole number, not 'x'", ""),
     ("every{count=1.5}", "every{count=", "every: count must be a whole number, not '1.5'", ""),
     ("every{ratio=fast}", "every{ratio=", "every: ratio must be a number, not 'fast'", ""),
-    ("every{fast-path=1}", "every{fast-path=", "every: fast-path must be true or false, not '1'", ""),
+    (
+        "every{fast-path=1}",
+        "every{fast-path=",
+        "every: fast-path must be true or false, not '1'",
+        "",
+    ),
     ("every{fast-path=True}", "every{fast-path=", "must be true or false, not 'True'", ""),
     ("every{count=1,2}", "every{count=", "every: count takes one value, got 2", ""),
     ("every{tile=1,2}", "every{tile=", "every: tile takes 3 items, got 2", ""),
     ("every{tile=none}", "every{tile=", "every: tile takes 3 items, got 1", ""),
     ("every{tile=1,2,x}", "every{tile=", "every: tile must be a whole number, not 'x'", ""),
-    ("every{mode=maybe}", "every{mode=", "every: mode must be one of auto, off, on, not 'maybe'", ""),
+    (
+        "every{mode=maybe}",
+        "every{mode=",
+        "every: mode must be one of auto, off, on, not 'maybe'",
+        "",
+    ),
     ("every{block=maybe}", "every{block=", "every: block can't be 'maybe'", ""),
     ("every{level=x}", "every{level=", "every: level can't be 'x'", ""),
     ("bare,every{chosen=5}", "bare,", "every: chosen=5 is not one of 4, 8", ""),
@@ -215,7 +232,12 @@ ERRORS = [
     (",bare", "", "expected a pass name, found ','", ""),
     ("bare,,bare", "bare,", "expected a pass name, found ','", ""),
     ("every{count=1 ratio=2 count=3}", "every{count=1 ratio=2 ", "every: count is given twice", ""),
-    ("every{fast-path=true fast_path=true}", "every{fast-path=true ", "fast-path is given twice", ""),
+    (
+        "every{fast-path=true fast_path=true}",
+        "every{fast-path=true ",
+        "fast-path is given twice",
+        "",
+    ),
     ('every{label="open}', "every{label=", "unfinished quoted text", ""),
 ]
 

@@ -84,7 +84,7 @@ def test_the_bound_is_one_variable_in_all_places() -> None:
     assert len(set(bounds)) == 1
 
 
-@pytest.mark.parametrize("first, second", [(4, 3), (3, 4), (2, 6)])
+@pytest.mark.parametrize(("first", "second"), [(4, 3), (3, 4), (2, 6)])
 def test_inconsistent_slice_bounds_are_refused(first: int, second: int) -> None:
     def uneven(x: Tensor) -> Tensor:
         return torch.cat((-x[..., first:], x[..., :second]), dim=-1)

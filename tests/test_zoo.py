@@ -50,14 +50,22 @@ def test_quest_rewrites_every_linear_layer_but_the_head(name: str) -> None:
     assert 0 < worst < 0.2
 
 
-def _tensors(model: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> list[torch.Tensor]:
+def _tensors(
+    model: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+) -> list[torch.Tensor]:
     with torch.no_grad():
-        return [t for t in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(t, torch.Tensor)]
+        return [
+            t for t in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(t, torch.Tensor)
+        ]
 
 
-def _eager(program: Program, args: tuple[object, ...], kwargs: dict[str, object]) -> list[torch.Tensor]:
+def _eager(
+    program: Program, args: tuple[object, ...], kwargs: dict[str, object]
+) -> list[torch.Tensor]:
     with torch.no_grad():
-        return [t for t in pytree.tree_leaves(program(*args, **kwargs)) if isinstance(t, torch.Tensor)]
+        return [
+            t for t in pytree.tree_leaves(program(*args, **kwargs)) if isinstance(t, torch.Tensor)
+        ]
 
 
 def _agree(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> None:

@@ -12,7 +12,6 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from resplice import weights
 from resplice.artifact import staged
 from resplice.calling import CallSpec, Leaf
 from resplice.dims import Dim

@@ -272,8 +272,9 @@ class _QuantizeMatmul(_QuantizeLinear):
 
 def _metrics(weight: Tensor, quantized: QuantizedWeight) -> dict[str, Any]:
     quality = sqnr_db(weight.float(), quantized.dequantize())
+    measured = {"sqnr_db": quality} if math.isfinite(quality) else {"note": "the weight is zero"}
     return {
-        "sqnr_db": quality if math.isfinite(quality) else None,
+        **measured,
         "theory_db": expected_sqnr_db(quantized.bits),
         "bytes_before": weight.nbytes,
         "bytes_after": quantized.nbytes,

@@ -68,7 +68,6 @@ class Change:
     refusals: list[Refusal] = field(default_factory=list)
     rules: dict[str, RuleStats] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    seconds: float = 0.0
 
     @property
     def count(self) -> int:

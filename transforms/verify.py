@@ -53,17 +53,18 @@ def same_signature(before: Program, after: Program) -> None:
 
 
 def _structure(program: Program) -> Iterator[str]:
+    nodes = [problem for node in program.graph.nodes for problem in _node(program, node)]
+    yield from nodes
     try:
         program.graph.lint()
     except RuntimeError as error:
-        yield f"the graph is broken: {error}"
+        if not nodes:
+            yield f"the graph is broken: {error}"
         return
     names = program.call.tensor_names
     if [node.name for node in program.placeholders] != list(names):
         found = ", ".join(node.name for node in program.placeholders)
         yield f"inputs are {found}, the calling convention says {', '.join(names)}"
-    for node in program.graph.nodes:
-        yield from _node(program, node)
 
 
 def _node(program: Program, node: fx.Node) -> Iterator[str]:
@@ -102,7 +103,11 @@ def _recorded_shapes(program: Program) -> Iterator[str]:
     for node in program.graph.nodes:
         if node.op != "call_function":
             continue
-        value, recorded = evaluate(program.fake_mode, node), node.meta["val"]
+        try:
+            value, recorded = evaluate(program.fake_mode, node), node.meta["val"]
+        except VerifyError as error:
+            yield str(error)
+            continue
         if value is KEEP or not isinstance(recorded, torch.Tensor):
             continue
         if value.dtype != recorded.dtype or not same_shape(value, recorded):

@@ -118,8 +118,10 @@ def environment() -> dict[str, str]:
 def _html(data: dict[str, Any]) -> str | None:
     try:
         from resplice.report.html import render  # needs the `report` extra
-    except ModuleNotFoundError:
-        return None
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("jinja2", "markupsafe", "matplotlib"):
+            return None
+        raise
     return render(data)
 
 

@@ -146,8 +146,29 @@ def test_a_fixed_dim_is_refused_with_the_reason() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.reshape(4, -1)
 
-    with pytest.raises(CaptureError, match="can't keep these dimensions dynamic: n = 4"):
+    with pytest.raises(CaptureError, match="can't keep these dimensions dynamic: n = 4") as refused:
         resplice.capture(Fixed(), (torch.randn(4, 3),), dynamic_shapes={"x": {0: "n"}})
+    assert "test_capture.py" in refused.value.where
+
+
+def test_key_value_caches_go_in_and_out() -> None:
+    from zoo import ZOO
+
+    model = ZOO["llama"].model()
+    ids = torch.randint(0, 128, (2, 6))
+    prefill = resplice.capture(model, {"input_ids": ids}, dynamic_shapes={"input_ids": ("b", "s")})
+    expected, output = model(ids), prefill(ids)
+    cache = output.past_key_values
+    assert type(cache).__name__ == "DynamicCache"
+    step = {"input_ids": ids[:, :1], "past_key_values": cache}
+    decode = resplice.capture(model, step)
+    cached = [f"past_key_values_{kind}_cache_{i}" for kind in ("key", "value") for i in (0, 1)]
+    assert [port.name for port in decode.inputs] == ["input_ids", *cached]
+    fresh = torch.randint(0, 128, (2, 1))
+    actual = decode(input_ids=fresh, past_key_values=prefill(ids).past_key_values)
+    reference = model(fresh, past_key_values=expected.past_key_values)
+    torch.testing.assert_close(actual.logits, reference.logits, rtol=1e-5, atol=1e-5)
+    assert actual.past_key_values.layers[1].keys.shape[2] == 7
 
 
 def test_a_size_fixed_silently_is_found_by_the_second_size() -> None:

@@ -140,3 +140,10 @@ def test_text_and_json() -> None:
     assert str(EXACT).startswith("identical")
     assert str(Difference(42.04, 0.0012, 0.0004)) == "42.0 dB, max abs 1.20e-03 (4.00e-04 of scale)"
     assert EXACT.to_json() == {"sqnr_db": None, "max_abs": 0.0, "relative": 0.0, "finite": True}
+
+
+def test_errors_too_small_to_square_are_errors() -> None:
+    """The square of 1e-200 is zero in float64."""
+    a, b = vector(2e-200, 0, 0), vector(2e-200, 2e-200, 0)
+    assert difference(a, b).sqnr_db == pytest.approx(0, abs=1e-9)
+    assert difference(vector(0, 0), vector(0, 1e-200)).sqnr_db == -INF

@@ -6,6 +6,7 @@ constants of the capture and must not change. `restore` gives the captured outpu
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 import sys
@@ -130,8 +131,7 @@ def describe(value: Any) -> tuple[Json, list[torch.Tensor]]:
     names, children = _children(value)
     parts = [describe(child) for child in children]
     tensors = [tensor for _, found in parts for tensor in found]
-    kind = f"{type(value).__module__}:{type(value).__qualname__}"
-    return {"type": kind, "names": names, "items": [part for part, _ in parts]}, tensors
+    return {"type": _kind(value), "names": names, "items": [part for part, _ in parts]}, tensors
 
 
 def rebuild(structure: Json, tensors: Any) -> Any:
@@ -145,6 +145,8 @@ def rebuild(structure: Json, tensors: Any) -> Any:
     if kind in ("builtins:tuple", "builtins:list"):
         return tuple(items) if kind.endswith("tuple") else items
     cls = _imported(kind)
+    if kind == _DYNAMIC_CACHE:
+        return cls(items) if cls is not None else items
     if cls is not None and names is None:
         whole = issubclass(cls, tuple | list | deque) and not hasattr(cls, "_fields")
         return cls(items) if whole else cls(*items)
@@ -157,7 +159,24 @@ def rebuild(structure: Json, tensors: Any) -> Any:
         return dict(pairs)
 
 
+_DYNAMIC_CACHE = "transformers.cache_utils:DynamicCache"
+
+
+def _register_caches() -> None:
+    """Let pytree see into transformers' key/value caches, once transformers has been imported."""
+    caches = sys.modules.get("transformers.cache_utils")
+    if caches is not None and caches.DynamicCache not in pytree.SUPPORTED_NODES:
+        integration = importlib.import_module("transformers.integrations.executorch")
+        integration.register_dynamic_cache_export_support()
+
+
+def _kind(value: object) -> str:
+    return f"{type(value).__module__}:{type(value).__qualname__}"
+
+
 def _children(value: Any) -> tuple[list[str | int] | None, list[Any]]:
+    if _kind(value) == _DYNAMIC_CACHE:
+        return None, [(layer.keys, layer.values) for layer in value.layers]
     if isinstance(value, Mapping):
         return [k if type(k) is int else str(k) for k in value], list(value.values())
     if isinstance(value, tuple | list):
@@ -209,6 +228,7 @@ def _flat_call(
     if twice:
         raise InputError(f"input {', '.join(sorted(twice))} is given twice")
     call.update(kwargs)
+    _register_caches()
     leaves, _ = pytree.tree_flatten_with_path(call)
     return {_path_text(path): value for path, value in leaves}
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from resplice import repairs, weights
 from resplice.calling import CallSpec, Leaf, describe, describe_call
@@ -32,6 +34,7 @@ from resplice.facts import Facts, FloatWeights
 from resplice.program import Program
 from resplice.proof import prove
 from resplice.quiet import quiet
+from resplice.repairs.base import replaced
 
 aten = torch.ops.aten
 _PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
@@ -154,15 +157,16 @@ def _export(
     The second way keeps every dim dynamic as well, but equal names are then equal by contract.
     """
     shapes: Any = tuple(_torch_dims(axes, named=True) for axes in dims.values())
+    fixed: list[str] = []
     for _ in range(4):
         try:
-            with quiet():
+            with quiet(), _watching_fixed_sizes(fixed):
                 exported = torch.export.export(
                     flat, tensors, dynamic_shapes=(shapes,), strict=False
                 )
                 return functional(exported)
         except torch._dynamo.exc.UserError as error:
-            shapes = _refined(error, shapes, dims)
+            shapes = _refined(error, shapes, dims, fixed)
         except (InputError, CaptureError):
             raise
         except Exception as error:
@@ -171,7 +175,10 @@ def _export(
 
 
 def _refined(
-    error: torch._dynamo.exc.UserError, shapes: Any, dims: Mapping[str, Mapping[int, Dim]]
+    error: torch._dynamo.exc.UserError,
+    shapes: Any,
+    dims: Mapping[str, Mapping[int, Dim]],
+    lines: Sequence[str],
 ) -> Any:
     """Adopt derived sizes (`h = 2*_h`) that torch found necessary; refuse fixed ones."""
     text = str(error)
@@ -184,7 +191,7 @@ def _refined(
     if fixed:
         raise CaptureError(
             f"the model can't keep these dimensions dynamic: {'; '.join(fixed)}",
-            where=_first_reason(text),
+            where=lines[0] if lines else _first_reason(text),
             hint="leave them out of dynamic_shapes; a sample size of 1 also fixes a dimension, "
             "so capture with at least 2",
         ) from error
@@ -216,13 +223,31 @@ def _explain(error: Exception) -> CaptureError:
 
 
 def _user_line(error: BaseException) -> str:
-    """The deepest frame outside torch and this package."""
-    foreign = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "contextlib")
+    """The deepest frame of a traceback outside torch and this package."""
+    return _deepest_foreign(traceback.extract_tb(error.__traceback__))
+
+
+def _deepest_foreign(frames: Iterable[traceback.FrameSummary]) -> str:
+    own = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "contextlib")
     found = ""
-    for frame in traceback.extract_tb(error.__traceback__):
-        if not any(part in frame.filename for part in foreign):
+    for frame in frames:
+        if not any(part in frame.filename for part in own):
             found = f"{frame.filename}:{frame.lineno}, in {frame.name}"
     return found
+
+
+@contextmanager
+def _watching_fixed_sizes(lines: list[str]) -> Iterator[None]:
+    """Note the user's line whenever torch replaces a symbolic size by a number."""
+    replace_symbol = ShapeEnv._set_replacement
+
+    def watched(env: ShapeEnv, symbol: Any, target: Any, *rest: Any) -> Any:
+        if getattr(target, "is_Integer", False):
+            lines.append(_deepest_foreign(traceback.extract_stack()))
+        return replace_symbol(env, symbol, target, *rest)
+
+    with replaced(ShapeEnv, "_set_replacement", watched):
+        yield
 
 
 def _first_reason(text: str) -> str:

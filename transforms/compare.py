@@ -80,7 +80,11 @@ def _wide(value: torch.Tensor) -> torch.Tensor:
 
 
 def _sqnr(signal: torch.Tensor, error: torch.Tensor) -> float | None:
-    noise, power = float(error.norm()), float(signal.norm())  # no underflow of squares
-    if noise == 0:
-        return None
-    return 20 * (math.log10(power) - math.log10(noise)) if power else -math.inf
+    power, noise = _decibels(signal), _decibels(error)
+    return None if noise is None else -math.inf if power is None else power - noise
+
+
+def _decibels(value: torch.Tensor) -> float | None:
+    """20 log10 of the norm, None if it is zero; scaled first, so that no square underflows."""
+    top = float(value.abs().max()) if value.numel() else 0.0
+    return 20 * (math.log10(top) + math.log10(float((value / top).norm()))) if top else None

@@ -141,6 +141,23 @@ def test_a_derived_dim_is_found_and_used() -> None:
         program(torch.randn(7, 3))
 
 
+def test_one_name_is_one_size_also_where_torch_has_two_symbols() -> None:
+    class Outer(nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+            return a.sum() + b.sum() + c.sum()
+
+    samples = (torch.randn(4), torch.randn(6), torch.randn(24))
+    program = resplice.capture(
+        Outer(), samples, dynamic_shapes={"a": {0: "n"}, "b": {0: "m"}, "c": {0: "n*m"}}
+    )
+    program(torch.randn(3), torch.randn(5), torch.randn(15))
+    with pytest.raises(InputError, match=r"dimension n\*m is 16, not the product of \[3, 5\]"):
+        program(torch.randn(3), torch.randn(5), torch.randn(16))
+    program.symbols = {s: "n" if name == "m" else name for s, name in program.symbols.items()}
+    with pytest.raises(InputError, match="dimension n is both 3 and 5"):
+        program(torch.randn(3), torch.randn(5), torch.randn(15))
+
+
 def test_a_fixed_dim_is_refused_with_the_reason() -> None:
     class Fixed(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -98,19 +98,19 @@ def _other(program: Program, symbol: str, value: int) -> int:
 
 
 def _draw(sample: torch.Tensor, shape: list[int], generator: torch.Generator) -> torch.Tensor:
-    if sample.dtype == torch.bool or _is_mask(sample):
+    if sample.dtype == torch.bool or _is_mask(sample) or _is_counting(sample):
         return _resized(sample, shape)
     if not sample.is_floating_point():
         low, high = int(sample.min()), int(sample.max()) + 1
-        if _is_counting(sample):
-            return _resized(sample, shape)
-        return torch.randint(
-            low, max(high, low + 1), shape, generator=generator, dtype=sample.dtype
-        )
+        return torch.randint(low, high, shape, generator=generator, dtype=sample.dtype)
     wide = sample.float()
-    spread = float(wide.std()) if sample.numel() > 1 else abs(float(wide.mean())) * 0.3
-    drawn = torch.randn(shape, generator=generator) * (spread or 1.0) + float(wide.mean())
-    return drawn.to(sample.dtype)
+    if not wide.isfinite().all():
+        return _resized(sample, shape)  # an additive mask
+    center, low, high = float(wide.mean()), float(wide.min()), float(wide.max())
+    spread = float(wide.std()) if sample.numel() > 1 else abs(center) * 0.3
+    drawn = torch.randn(shape, generator=generator) * (spread or 1.0) + center
+    within = drawn.clamp(low, high) if low < high else drawn  # positive stays positive
+    return within.to(sample.dtype)
 
 
 def _is_mask(sample: torch.Tensor) -> bool:

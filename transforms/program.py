@@ -13,6 +13,7 @@ Weights share storage with the caller's model until a pass replaces them; the ob
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -168,8 +169,10 @@ class Program:
             if node.name not in tensors:
                 raise InputError(f"input {node.name} is missing", hint=f"it is {port}")
             _check_input(tensors[node.name], port, node.meta["val"].shape, bound)
-        for symbol, value in bound.items():
-            self._check_bounds(str(symbol), value)
+        sizes = {str(symbol): value for symbol, value in bound.items()}
+        for symbol, value in sizes.items():
+            self._check_bounds(symbol, value)
+        self._check_names(sizes)
 
     def _check_bounds(self, symbol: str, value: int) -> None:
         dim = self.dims.get(self.symbols.get(symbol, ""))
@@ -181,6 +184,23 @@ class Program:
             f"{dim.min * dim.factor} to {dim.max * dim.factor if dim.max else 'any'}",
             hint='capture again with wider bounds, such as "seq=2:4096"',
         )
+
+    def _check_names(self, sizes: Mapping[str, int]) -> None:
+        """One name is one size, also where torch has a symbol per axis; products follow."""
+        known: dict[str, int] = {}
+        products: dict[str, int] = {}
+        for symbol, value in sizes.items():
+            dim = self.dims.get(self.symbols.get(symbol, ""))
+            if dim is None:
+                continue
+            base = value // dim.factor
+            chosen = products if "*" in dim.name else known
+            if chosen.setdefault(dim.name, base) != base:
+                raise InputError(f"dimension {dim.name} is both {chosen[dim.name]} and {base}")
+        for name, value in products.items():
+            factors = [known.get(part) for part in name.split("*")]
+            if None not in factors and math.prod(f for f in factors if f) != value:
+                raise InputError(f"dimension {name} is {value}, not the product of {factors}")
 
     # ---- editing -------------------------------------------------------------------------
 

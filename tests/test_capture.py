@@ -278,3 +278,42 @@ def test_provenance_names_module_and_line(program: resplice.Program) -> None:
     assert origin(node).source.startswith("conftest.py:")
     linear = next(n for n in program.graph.nodes if n.target is torch.ops.aten.linear.default)
     assert origin(linear).module == "layers.0.gate"
+
+
+class Counter(nn.Module):
+    """Counts its calls, also in eval mode, in a submodule with an awkward name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.code = nn.Linear(3, 3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1)
+        return self.code(x) * self.calls
+
+
+def test_state_of_an_eval_model_is_neither_advanced_nor_shared_by_copies() -> None:
+    model = Counter().eval()
+    program = resplice.capture(model, (torch.randn(2, 3),), dynamic_shapes={"x": {0: "n"}})
+    assert float(model.calls) == 0
+    assert float(program.weight("calls")) == 0
+    assert [n for n, _ in program.named_weights()] == [
+        "model_code.weight", "model_code.bias", "calls",
+    ]  # fmt: skip
+    other = program.copy()
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(other(x), model.code(x))
+    torch.testing.assert_close(other(x), 2 * model.code(x))
+    assert float(program.weight("calls")) == 0
+
+
+def test_a_train_mode_model_with_dropout_and_batch_norm_is_checked_and_trains() -> None:
+    model = nn.Sequential(
+        nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4)
+    ).train()
+    tuned = resplice.optimize(model, "canonicalize,cse", example_inputs=(torch.randn(6, 8),))
+    tuned.trainable()
+    tuned(torch.randn(6, 8)).square().sum().backward()
+    assert all(p.grad is not None for p in tuned.parameters())
+    assert not torch.equal(tuned.program.weight("1.running_mean"), model[1].running_mean)

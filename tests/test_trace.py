@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from resplice.capture import capture
+from resplice.errors import UsageError
 from resplice.normal import normalize
 from resplice.pattern import Call, Match, NoMatch, Var, aten, match, shared
 from resplice.trace import traced
@@ -186,3 +187,10 @@ def test_several_outputs_are_unpacked_by_item() -> None:
 def test_equal_letters_are_equal_sizes() -> None:
     term = traced(lambda x, y: x @ y, x="a b", y="b a")(X, Y)
     assert find(term, lambda x, y: x @ y, (3, 5), (5, 3))
+
+
+def test_a_tensor_constant_inside_is_refused() -> None:
+    table = torch.arange(4.0)
+    build = traced(lambda x: x + table.sum(), x="a b")
+    with pytest.raises(UsageError, match="holds a tensor constant"):
+        build(Var("x"))

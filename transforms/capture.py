@@ -119,7 +119,7 @@ def capture(
     _name_symbols(program, dims)
     module.recompile()
     if check and not model.training:
-        prove(program, lambda given: model_call(model, sample, tuple(given.values())))
+        prove(program, lambda given: _keeping_state(model, sample, tuple(given.values())))
     return program
 
 
@@ -131,6 +131,16 @@ def model_call(model: nn.Module, sample: Sample, tensors: Sequence[torch.Tensor]
         (sample.args, dict(sample.kwargs or {})),
     )
     return model(*args, **kwargs)
+
+
+def _keeping_state(model: nn.Module, sample: Sample, tensors: Sequence[torch.Tensor]) -> Any:
+    """Call the model and put every buffer back to what it was."""
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        return model_call(model, sample, tensors)
+    finally:
+        for buffer, value in kept:
+            buffer.copy_(value)
 
 
 class _Flat(nn.Module):

@@ -106,10 +106,10 @@ def _draw(sample: torch.Tensor, shape: list[int], generator: torch.Generator) ->
     wide = sample.float()
     if not wide.isfinite().all():
         return _resized(sample, shape)  # an additive mask
-    center, low, high = float(wide.mean()), float(wide.min()), float(wide.max())
+    center, least, most = float(wide.mean()), float(wide.min()), float(wide.max())
     spread = float(wide.std()) if sample.numel() > 1 else abs(center) * 0.3
     drawn = torch.randn(shape, generator=generator) * (spread or 1.0) + center
-    within = drawn.clamp(low, high) if low < high else drawn  # positive stays positive
+    within = drawn.clamp(least, most) if least < most else drawn  # positive stays positive
     return within.to(sample.dtype)
 
 

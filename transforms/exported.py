@@ -29,7 +29,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from resplice import weights
 from resplice.errors import CaptureError
-from resplice.fxtypes import returned, returned_nodes
+from resplice.fxtypes import input_node, returned, returned_nodes
 from resplice.infer import fake_of
 from resplice.origin import where
 from resplice.program import Program, copy_graph
@@ -64,17 +64,30 @@ def unlift(
         mapped[node] = graph.placeholder(next(names))
         mapped[node].name = str(mapped[node].target)
 
+    written = {
+        node
+        for spec in exported.graph_signature.output_specs
+        if spec.kind is OutputKind.BUFFER_MUTATION
+        for node in placeholders
+        if _names(specs[node.name], str(spec.target))
+    }
+
     def value_of(node: fx.Node) -> fx.Node:
         """The new node; a weight is read right before its first use."""
         if node not in mapped:
-            name = rename(str(specs[node.name].target))
+            name = _free_name(rename(str(specs[node.name].target)))
             if not weights.has(root, name):
                 weights.put(root, name, weights.frozen_view(_tensor_of(exported, specs[node.name])))
             mapped[node] = graph.get_attr(name)
+            if node in written:  # its old value may be saved for backward; the write comes later
+                mapped[node].meta = dict(node.meta)
+                mapped[node] = graph.call_function(aten.clone.default, (mapped[node],))
         return mapped[node]
 
     for node in old.nodes:
-        if node.op not in ("placeholder", "output"):
+        if node.target is aten.clone.default and node.args[0] in written:
+            mapped[node] = value_of(input_node(node))  # copied already, by an earlier unlift
+        elif node.op not in ("placeholder", "output"):
             mapped[node] = graph.node_copy(node, value_of)
     for value in returned(old):
         if isinstance(value, fx.Node):
@@ -288,12 +301,17 @@ def _emit_outputs(
         if spec.kind in _MUTATIONS:
             assert isinstance(value, fx.Node), spec
             name = str(spec.target)
-            target = by_name.get(name) or by_target[rename(name)]
+            target = by_name.get(name) or by_target[_free_name(rename(name))]
             write = graph.call_function(aten.copy_.default, (target, mapped[value]))
             write.meta = {"val": target.meta["val"]}
         elif isinstance(value, fx.Node):
             results.append(mapped[value])
     graph.output(tuple(results))
+
+
+def _free_name(name: str) -> str:
+    """The name, unless its first part is an attribute of every graph module (`code`, `graph`)."""
+    return f"model_{name}" if hasattr(fx.GraphModule, name.partition(".")[0]) else name
 
 
 def _names(spec: InputSpec, target: str) -> bool:

@@ -6,6 +6,7 @@ result the name of what it replaced), and values are freed after their last use.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,7 +138,16 @@ def run_node(
     if node.target is aten.copy_.default:
         return args[0]  # comparisons do not advance the model's state
     assert callable(node.target), node
-    return node.target(*args, **kwargs)
+    if not _is_random(node):
+        return node.target(*args, **kwargs)
+    with torch.random.fork_rng():  # the same draw wherever a node of that name runs
+        torch.manual_seed(zlib.crc32(node.name.encode()))
+        return node.target(*args, **kwargs)
+
+
+def _is_random(node: fx.Node) -> bool:
+    tags = node.target.tags if isinstance(node.target, torch._ops.OpOverload) else ()
+    return torch.Tag.nondeterministic_seeded in tags
 
 
 def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

@@ -70,9 +70,16 @@ def _drop_cast(program: Program, node: fx.Node) -> fx.Node | None:
 
 
 def _drop_copy(program: Program, node: fx.Node) -> fx.Node | None:
-    if node.target not in _COPIES:
+    if node.target not in _COPIES or _is_state(node.args[0]):
         return None
     return _unless_returned(node, node.args[0])
+
+
+def _is_state(value: Any) -> bool:
+    """Whether a weight is written at the end: reads before that are copies."""
+    if not isinstance(value, fx.Node) or value.op != "get_attr":
+        return False
+    return any(u.target is aten.copy_.default and u.args[0] is value for u in value.users)
 
 
 def _drop_dropout(program: Program, node: fx.Node) -> fx.Node | None:

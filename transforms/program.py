@@ -204,18 +204,26 @@ class Program:
 
     # ---- editing -------------------------------------------------------------------------
 
-    def copy(self) -> Program:
-        """A program whose graph can be edited freely; weights stay shared."""
+    def copy(self, _states: dict[Any, torch.Tensor] | None = None) -> Program:
+        """A program whose graph can be edited freely and run on its own.
+
+        Weights stay shared; state that the graph writes is copied, once for all functions.
+        """
+        states = {} if _states is None else _states
+        written = {str(node.all_input_nodes[0].target) for node in self.effects}
         root = nn.Module()
         for name, value in self.named_weights():
-            weights.put(root, name, value)
+            kept = (
+                states.setdefault(weights.key(value), value.clone()) if name in written else value
+            )
+            weights.put(root, name, kept)
         return replace(
             self,
             module=fx.GraphModule(root, copy_graph(self.graph)),
             dims=dict(self.dims),
             symbols=dict(self.symbols),
             metadata=copy.deepcopy(self.metadata),
-            functions={name: other.copy() for name, other in self.functions.items()},
+            functions={name: other.copy(states) for name, other in self.functions.items()},
         )
 
     def add_input(

@@ -58,7 +58,7 @@ def _difference(
     """The worst output's difference; None if the program fails or its outputs have other shapes."""
     try:
         with torch.no_grad():
-            actual = program.run({name: value.clone() for name, value in inputs.items()})
+            actual = program.copy().run({name: value.clone() for name, value in inputs.items()})
     except Exception:  # any failure of the graph means the capture is wrong for this size
         return None
     if [a.shape for a in actual] != [e.shape for e in expected]:

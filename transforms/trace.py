@@ -23,8 +23,9 @@ import torch
 from torch import fx, nn
 
 from resplice.capture import capture
+from resplice.errors import UsageError
 from resplice.normal import normalize
-from resplice.pattern import ANY, Call, Var, positional, target_name
+from resplice.pattern import Call, Var, positional, target_name
 
 _USES = itertools.count()
 _SIZES = ((2, 4, 6, 8, 10, 12), (14, 16, 18, 20, 22, 24))
@@ -88,7 +89,10 @@ class _Function(nn.Module):
 
 def _term(a: fx.Node, b: fx.Node, known: dict[fx.Node, Any], tag: int) -> Any:
     if a.op == "get_attr":
-        return ANY
+        raise UsageError(
+            "a traced pattern holds a tensor constant, which no term can compare",
+            hint="make it a parameter of the function and match it with a Var",
+        )
     left, right = positional(a), positional(b)
     args = [_literal(x, y, known, tag) for x, y in zip(left, right, strict=True)]
     name = "getitem" if a.target is operator.getitem else target_name(a)

@@ -19,6 +19,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
 
 import smollm2
 import torch
@@ -29,7 +30,7 @@ import resplice
 
 PROMPT = "Once upon a time, there was a little"
 WINDOW = 512
-console = Console(stderr=False, highlight=False)
+console = Console(highlight=False, width=110)
 
 
 def main() -> int:

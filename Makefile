@@ -12,7 +12,7 @@ demo: $(VENV)/demo
 	$(BIN)/python -c "import runpy, sys; sys.path.insert(0, 'examples'); runpy.run_path('examples/demo.py', run_name='__main__')"
 
 test: lint types
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow

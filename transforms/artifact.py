@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from resplice.compare import Difference, difference
+from resplice.compare import Difference, keep_worst
 from resplice.errors import NumericsError, ResourceError
 from resplice.program import Program
 
@@ -61,15 +61,9 @@ class Artifact(ABC):
         """
         found: dict[str, Difference] = {}
         for case in cases:
-            with torch.no_grad():
-                expected = program.run({name: t.clone() for name, t in case.items()})
-            actual = self.run(case, function=function)
-            for port, value in zip(program.outputs, expected, strict=True):
-                measured = difference(value, actual[port.name])
-                if port.name not in found or measured.relative > found[port.name].relative:
-                    found[port.name] = measured
+            keep_worst(found, program.run_fresh(case), self.run(case, function=function))
         for name, measured in found.items():
-            if not measured.finite or measured.relative > self.bar:
+            if not measured.within(self.bar):
                 raise NumericsError(
                     f"{self.path.name}: output {name} differs from the program",
                     measured=measured.relative, bar=self.bar,

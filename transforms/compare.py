@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from resplice.errors import NumericsError
+
+EXACT_BARS = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest relative error that an exact rewrite may show, by dtype; other dtypes may show none."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,10 @@ class Difference:
     max_abs: float
     relative: float
     finite: bool = True
+
+    def within(self, bar: float) -> bool:
+        """Whether the result is finite and its relative error at most `bar`."""
+        return self.finite and not self.relative > bar
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able form."""
@@ -66,6 +73,18 @@ def difference(reference: torch.Tensor, result: torch.Tensor) -> Difference:
 def worst(differences: Sequence[Difference]) -> Difference:
     """The difference with the largest relative error."""
     return max(differences, key=lambda d: d.relative, default=Difference(None, 0.0, 0.0))
+
+
+def keep_worst(
+    found: dict[str, Difference],
+    expected: Mapping[str, torch.Tensor],
+    actual: Mapping[str, torch.Tensor],
+) -> None:
+    """Compare every expected output by name and keep, per name, the larger error in `found`."""
+    for name, value in expected.items():
+        measured = difference(value, actual[name])
+        if name not in found or measured.relative > found[name].relative:
+            found[name] = measured
 
 
 def sqnr_db(reference: torch.Tensor, result: torch.Tensor) -> float:

@@ -64,13 +64,13 @@ def unlift(
         mapped[node] = graph.placeholder(next(names))
         mapped[node].name = str(mapped[node].target)
 
-    written = {
+    written = [
         node
         for spec in exported.graph_signature.output_specs
         if spec.kind is OutputKind.BUFFER_MUTATION
         for node in placeholders
         if _names(specs[node.name], str(spec.target))
-    }
+    ]
 
     def value_of(node: fx.Node) -> fx.Node:
         """The new node; a weight is read right before its first use."""
@@ -92,9 +92,8 @@ def unlift(
     for value in returned(old):
         if isinstance(value, fx.Node):
             value_of(value)
-    for spec in exported.graph_signature.output_specs:
-        if spec.kind in _MUTATIONS:
-            value_of(next(n for n in placeholders if _names(specs[n.name], str(spec.target))))
+    for node in written:
+        value_of(node)
     for node, new in mapped.items():
         new.meta = dict(node.meta)
     _emit_outputs(exported, graph, mapped, rename)

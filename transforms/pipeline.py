@@ -6,10 +6,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-
 from resplice import legality
 from resplice.change import Change
+from resplice.compare import EXACT_BARS
 from resplice.context import Context
 from resplice.errors import NumericsError, OpError, PassError, RespliceError, VerifyError
 from resplice.ledger import Ledger, compare_programs
@@ -17,8 +16,6 @@ from resplice.pass_base import Approx, Exact, Pass
 from resplice.program import Program
 from resplice.spec import parse, print_passes
 from resplice.verify import same_signature, verify
-
-EXACT_BARS = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 @dataclass

@@ -84,7 +84,7 @@ class Program:
     @property
     def placeholders(self) -> list[fx.Node]:
         """Input nodes in order."""
-        return [node for node in self.graph.nodes if node.op == "placeholder"]
+        return list(self.graph.find_nodes(op="placeholder"))
 
     @property
     def output_nodes(self) -> list[fx.Node]:
@@ -106,7 +106,7 @@ class Program:
     @property
     def effects(self) -> list[fx.Node]:
         """Trailing writes into buffers and inputs."""
-        return [node for node in self.graph.nodes if node.target is aten.copy_.default]
+        return list(self.graph.find_nodes(op="call_function", target=aten.copy_.default))
 
     @property
     def fake_mode(self) -> FakeTensorMode:
@@ -157,6 +157,12 @@ class Program:
         """Run on flat named tensors; returns the flat outputs."""
         result = self.module(*(tensors[node.name] for node in self.placeholders))
         return tuple(result)
+
+    def run_fresh(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run without gradients on copies of named tensors; returns the outputs by name."""
+        with torch.no_grad():
+            results = self.run({name: value.clone() for name, value in tensors.items()})
+        return dict(zip([port.name for port in self.outputs], results, strict=True))
 
     def check_inputs(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Compare names, dtypes, ranks, sizes, named dims and their bounds with the signature.

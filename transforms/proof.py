@@ -13,11 +13,10 @@ import torch
 
 from resplice.calling import describe
 from resplice.cases import fresh_inputs
-from resplice.compare import Difference, difference, worst
+from resplice.compare import EXACT_BARS, Difference, difference, worst
 from resplice.errors import CaptureError
 from resplice.program import Program
 
-BARS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 Eager = Callable[[Mapping[str, torch.Tensor]], Any]
 
 
@@ -48,7 +47,7 @@ def _compare(program: Program, eager: Eager, inputs: dict[str, torch.Tensor], at
         program.metadata.setdefault("notes", []).append(note)
         return
     found = _difference(expected, program, inputs)
-    if found is None or found.relative > BARS.get(expected[0].dtype, 0.0) or not found.finite:
+    if found is None or not found.within(EXACT_BARS.get(expected[0].dtype, 0.0)):
         _blame(program, eager, inputs, expected, found, at)
 
 

@@ -63,17 +63,12 @@ class OnnxArtifact(Artifact):
             LoweringError: onnxruntime does not accept the model.
         """
         if function not in self._sessions:
-            name = (
-                self.path.name
-                if function == "main"
-                else f"{self.path.stem}.{function}{self.path.suffix}"
-            )
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 3
             options.intra_op_num_threads = self.threads
             try:
                 self._sessions[function] = onnxruntime.InferenceSession(
-                    self.path.with_name(name), options, providers=["CPUExecutionProvider"]
+                    function_file(self.path, function), options, providers=["CPUExecutionProvider"]
                 )
             except Exception as error:
                 raise LoweringError("onnx", [f"onnxruntime refuses the model: {error}"]) from error
@@ -88,3 +83,8 @@ class OnnxArtifact(Artifact):
             for key, value in stored.items()
             if key.startswith("resplice.")
         }
+
+
+def function_file(path: Path, function: str) -> Path:
+    """The file of one function: `model.onnx` for `main`, `model.other.onnx` for `other`."""
+    return path if function == "main" else path.with_name(f"{path.stem}.{function}{path.suffix}")

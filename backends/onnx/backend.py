@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from resplice import weights
 from resplice.artifact import staged
-from resplice.backends.onnx.artifact import OnnxArtifact
+from resplice.backends.onnx.artifact import OnnxArtifact, function_file
 from resplice.backends.onnx.export import export_model
 from resplice.backends.onnx.lower import lower_program
 from resplice.backends.onnx.options import OnnxOptions
@@ -64,7 +64,7 @@ class OnnxBackend:
                 errors, notes[name] = errors + found["errors"], found
                 model = export_model(exported, function, options.opset)
                 _describe(model, function, _bar(found.pop("errors")))
-                file = stage / _file_name(target, name)
+                file = function_file(stage / target.name, name)
                 _save(model, file, function, options, shared)
             artifact = OnnxArtifact(
                 stage / target.name, _bar(errors), notes, threads=options.threads
@@ -85,10 +85,6 @@ def _check(artifact: OnnxArtifact, program: Program) -> dict[str, dict[str, Diff
         name: artifact.check(function, fresh_cases(function), function=name)
         for name, function in program.all_functions()
     }
-
-
-def _file_name(target: Path, function: str) -> str:
-    return target.name if function == "main" else f"{target.stem}.{function}{target.suffix}"
 
 
 def _describe(model: ir.Model, program: Program, bar: float) -> None:

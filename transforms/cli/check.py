@@ -12,7 +12,7 @@ import typer
 from resplice.cases import fresh_cases
 from resplice.cli.options import AllowPickle, Json, open_model, read_npz
 from resplice.cli.output import emit, working
-from resplice.compare import Difference, difference
+from resplice.compare import Difference, keep_worst
 from resplice.errors import NumericsError, UsageError
 from resplice.program import Program
 from resplice.registry import load
@@ -45,7 +45,7 @@ def check(
         as_json=json,
     )
     for name, measured in found.items():
-        if not measured.finite or measured.relative > bar:
+        if not measured.within(bar):
             raise NumericsError(f"output {name} differs", measured=measured.relative, bar=bar)
 
 
@@ -57,11 +57,7 @@ def _open(text: str, allow_pickle: bool) -> tuple[Run, Program | None]:
 
     def run(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         program.check_inputs(inputs)
-        names = [port.name for port in program.outputs]
-        with torch.no_grad():
-            return dict(
-                zip(names, program.run({k: v.clone() for k, v in inputs.items()}), strict=True)
-            )
+        return program.run_fresh(inputs)
 
     return run, program
 
@@ -82,8 +78,5 @@ def _compare(run_a: Run, run_b: Run, cases: list[dict[str, torch.Tensor]]) -> di
         expected, actual = run_a(case), run_b(case)
         if expected.keys() != actual.keys():
             raise UsageError(f"outputs differ: {', '.join(expected)} and {', '.join(actual)}")
-        for name, value in expected.items():
-            found = difference(value, actual[name])
-            if name not in worst or found.relative > worst[name].relative:
-                worst[name] = found
+        keep_worst(worst, expected, actual)
     return worst

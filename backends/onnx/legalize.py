@@ -1,41 +1,21 @@
 """Rewrites that make the ONNX translation of ATen mean what PyTorch means.
 
-Each rule is exact in PyTorch and looks at operators, ranks and dtypes only. They run last, right
-before the export, so they never disturb a pass's patterns. A rule returns the node that takes the
-place of the one it was given, or None.
+See `legal.py` for what a rule is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from resplice.backends.legal import Legalizer
 from resplice.build import Builder
 from resplice.pattern import argument
-from resplice.program import Program
-from resplice.rules import replace_node
 
 aten = torch.ops.aten
-Legalizer = Callable[[Builder, fx.Node], fx.Node | None]
-
-
-def legalize(program: Program) -> dict[str, int]:
-    """Apply every rule once, in graph order; rewrites counted per rule."""
-    counts = dict.fromkeys((rule.__name__ for rule in RULES), 0)
-    for node in list(program.graph.nodes):
-        if node.op != "call_function":
-            continue
-        for rule in RULES:
-            new = rule(Builder(program, node), node)
-            if new is not None:
-                counts[rule.__name__] += 1
-                replace_node(program, node, new)
-                break
-    return counts
 
 
 def drop_idle_squeeze(build: Builder, node: fx.Node) -> fx.Node | None:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from torch import fx
 from torch.export import ExportedProgram
 
+from resplice.backends.legal import legalize
+from resplice.backends.lowering import lower_ops
 from resplice.backends.onnx.builder import OnnxBuilder
-from resplice.backends.onnx.legalize import legalize
+from resplice.backends.onnx.legalize import RULES
 from resplice.backends.onnx.options import OnnxOptions
 from resplice.errors import LoweringError
 from resplice.exported import decompose, lift
 from resplice.normal import normalize
-from resplice.ops import Op, find_op
 from resplice.origin import where
 from resplice.program import Program
-from resplice.registry import load
-from resplice.rules import replace_node
 
 
 def lower_program(program: Program, options: OnnxOptions) -> tuple[ExportedProgram, dict[str, Any]]:
@@ -34,14 +31,17 @@ def lower_program(program: Program, options: OnnxOptions) -> tuple[ExportedProgr
     _refuse_effects(program)
     draft = program.copy()
     normalize(draft)
-    notes, composite = _lower_ops(draft, options)
-    legalized = legalize(draft)
+    ops = lower_ops(draft, "onnx", partial(OnnxBuilder, draft, options=options))
+    legalized = legalize(draft, RULES)
     draft.drop_unused_weights()
     draft.module.recompile()
     exported = lift(draft)
-    if composite:
-        exported = decompose(exported, {op.overload: op.reference for op in composite})
-    return exported, {**notes, "legalized": {k: v for k, v in legalized.items() if v}}
+    if ops.composite:
+        references = {op.overload: op.reference for op in ops.composite.values()}
+        exported = decompose(exported, references)
+    errors = [build.error for build in ops.builders if build.error]
+    legalized = {rule: count for rule, count in legalized.items() if count}
+    return exported, {"ops": dict(ops.ways), "errors": errors, "legalized": legalized}
 
 
 def _refuse_effects(program: Program) -> None:
@@ -53,28 +53,3 @@ def _refuse_effects(program: Program) -> None:
             hint="ONNX graphs have no state and the exporter drops such writes silently: capture "
             "in eval mode, or pass the state as an input and return it",
         )
-
-
-def _lower_ops(draft: Program, options: OnnxOptions) -> tuple[dict[str, Any], list[Op]]:
-    ways: Counter[str] = Counter()
-    errors, composite = [], dict[str, Op]()
-    for node in list(draft.graph.nodes):
-        op = find_op(node.target)
-        if op is None:
-            continue
-        build = OnnxBuilder(draft, node, options)
-        lowered = _lowering(op)(build, *node.args, **node.kwargs)
-        if lowered is None:
-            composite[op.name] = op
-        else:
-            replace_node(draft, node, lowered)
-            errors.append(build.error)
-        ways[f"{op.name}: {'reference' if lowered is None else 'lowered'}"] += 1
-    return {"ops": dict(ways), "errors": [e for e in errors if e]}, list(composite.values())
-
-
-def _lowering(op: Op) -> Callable[..., fx.Node | None]:
-    found = op.lowerings.get("onnx")
-    if found is None:
-        return lambda *_, **__: None
-    return load(found) if isinstance(found, str) else found

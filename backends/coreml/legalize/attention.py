@@ -1,0 +1,151 @@
+"""scaled_dot_product_attention with what MIL's operator lacks: scale, causal, groups, ranks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from resplice.backends.coreml.legalize.values import argument, aten, cast, is_bool, rank
+from resplice.backends.legal import Legalizer
+from resplice.build import Builder
+
+_SDPA = aten.scaled_dot_product_attention.default
+
+
+def scale_the_query(build: Builder, node: fx.Node) -> fx.Node | None:
+    """sdpa(q, k, v, scale=s) -> sdpa(q * (s * sqrt(d)), k, v): MIL's scale is always d**-0.5."""
+    if node.target is not _SDPA or argument(node, "scale") is None:
+        return None
+    q, scale = _operand(node, 0), float(argument(node, "scale"))
+    factor = scale * math.sqrt(q.meta["val"].shape[-1])
+    scaled = q if math.isclose(factor, 1, rel_tol=1e-9) else build(aten.mul.Tensor, q, factor)
+    return _attention(build, node, query=scaled, scale=None)
+
+
+def repeat_shared_heads(build: Builder, node: fx.Node) -> fx.Node | None:
+    """sdpa(..., enable_gqa=True) -> keys and values repeated per group of query heads."""
+    if node.target is not _SDPA or not argument(node, "enable_gqa"):
+        return None
+    q, k, v = (_operand(node, i) for i in range(3))
+    times = q.meta["val"].shape[-3] // k.meta["val"].shape[-3]
+    key, value = (build(aten.repeat_interleave.self_int, x, times, -3) for x in (k, v))
+    return _attention(build, node, key=key, value=value, enable_gqa=False)
+
+
+def causal_by_position(build: Builder, node: fx.Node) -> fx.Node | None:
+    """sdpa(..., is_causal=True) -> sdpa with the mask row >= column, dynamic sizes included."""
+    if node.target is not _SDPA or not argument(node, "is_causal"):
+        return None
+    rows, columns = build.size(_operand(node, 0), -2), build.size(_operand(node, 1), -2)
+    row = build(aten.unsqueeze.default, build(aten.arange.default, rows), 1)
+    column = build(aten.unsqueeze.default, build(aten.arange.default, columns), 0)
+    mask = build(aten.ge.Tensor, row, column)
+    return _attention(build, node, attn_mask=_additive(build, node, mask), is_causal=False)
+
+
+def additive_masks(build: Builder, node: fx.Node) -> fx.Node | None:
+    """sdpa(q, k, v, mask) -> zeros where a row may attend to nothing, else a finite added mask.
+
+    PyTorch defines attention over no key as zero; a softmax over -inf is NaN, and the lowest
+    float32 is -inf in float16.
+    """
+    mask = argument(node, "attn_mask") if node.target is _SDPA else None
+    if not isinstance(mask, fx.Node) or "resplice_open" in mask.meta:
+        return None
+    open_keys = mask if is_bool(mask) else build.shared(aten.gt.Scalar, mask, -3e38)
+    additive = _additive(build, node, mask)
+    attention = _attention(build, node, attn_mask=additive)
+    if is_bool(mask) or _may_be_infinite(mask):
+        closed = build.shared(
+            aten.logical_not.default, build.shared(aten.any.dim, _infinite(build, mask, open_keys), -1, True)
+        )
+        return build(aten.masked_fill.Scalar, attention, closed, 0.0)
+    return attention
+
+
+def _infinite(build: Builder, mask: fx.Node, open_keys: fx.Node) -> fx.Node:
+    """Keys that torch attends to: all but those at -inf (the lowest float still counts)."""
+    return open_keys if is_bool(mask) else build.shared(aten.ne.Scalar, mask, float("-inf"))
+
+
+def _may_be_infinite(mask: fx.Node) -> bool:
+    return mask.op != "get_attr"
+
+
+def _additive(build: Builder, node: fx.Node, mask: fx.Node) -> fx.Node:
+    wanted = node.meta["val"].dtype
+    if is_bool(mask):
+        zero = build.constant("coreml.open_key", torch.zeros((), dtype=wanted))
+        found = build(aten.where.ScalarOther, mask, zero, _CLOSED)
+    else:
+        found = build(aten.clamp.default, cast(build, mask, wanted), _CLOSED)
+    found.meta["resplice_open"] = True
+    return found
+
+
+_CLOSED = -3e4
+"""Added to closed keys: finite in float16, and its exponential is zero."""
+
+
+def at_rank_four(build: Builder, node: fx.Node) -> fx.Node | None:
+    """sdpa of rank 3, or 5 and more -> of rank 4; batch sizes are broadcast first."""
+    if node.target is not _SDPA:
+        return None
+    q, k, v = (_operand(node, i) for i in range(3))
+    ranks = {rank(x) for x in (q, k, v)}
+    if ranks == {4} and _same_batch(q, k, v):
+        return None
+    if ranks == {3}:
+        wide = [build(aten.unsqueeze.default, x, 0) for x in (q, k, v)]
+        result = _attention(build, node, query=wide[0], key=wide[1], value=wide[2])
+        return build(aten.squeeze.dim, result, 0)
+    if ranks == {4}:
+        batch = [build.sizes(q)[0], build.sizes(q)[1]]
+        k, v = (build(aten.expand.default, x, [*batch, *build.sizes(x)[2:]]) for x in (k, v))
+        return _attention(build, node, key=k, value=v)
+    return None
+
+
+def _same_batch(*operands: fx.Node) -> bool:
+    return len({tuple(map(str, x.meta["val"].shape[:-2])) for x in operands}) == 1
+
+
+def _operand(node: fx.Node, index: int) -> fx.Node:
+    found = argument(node, ("query", "key", "value")[index])
+    assert isinstance(found, fx.Node), node
+    return found
+
+
+def _attention(build: Builder, node: fx.Node, **changes: Any) -> fx.Node:
+    """The same attention with some arguments changed."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    found = {name: argument(node, name) for name in (*names, "scale", "enable_gqa")}
+    found.update(changes)
+    extra = {"scale": found["scale"]} if found["scale"] is not None else {}
+    extra |= {"enable_gqa": True} if found["enable_gqa"] else {}
+    return build(_SDPA, *(found[name] for name in names), **extra)
+
+
+def products_of_parts(build: Builder, node: fx.Node) -> fx.Node | None:
+    """addmm(c, a, b, beta, alpha), baddbmm -> matmul, mul and add."""
+    if node.target not in (aten.addmm.default, aten.baddbmm.default, aten.addbmm.default):
+        return None
+    bias, left, right = node.args[:3]
+    result = build(aten.matmul.default, left, right)
+    for factor, name in ((argument(node, "alpha"), "alpha"), (argument(node, "beta"), "beta")):
+        if factor in (1, None):
+            continue
+        if name == "alpha":
+            result = build(aten.mul.Tensor, result, factor)
+        else:
+            bias = build(aten.mul.Tensor, bias, factor)
+    return build(aten.add.Tensor, result, bias)
+
+
+RULES: tuple[Legalizer, ...] = (
+    repeat_shared_heads, scale_the_query, causal_by_position, at_rank_four, additive_masks,
+    products_of_parts,
+)  # fmt: skip

@@ -1,0 +1,208 @@
+"""Views in the few spellings that the converter reads."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from resplice.backends.coreml.legalize.values import argument, aten, cast, dtype, rank, source
+from resplice.backends.legal import Legalizer
+from resplice.build import Builder
+
+_END = torch.iinfo(torch.int64).max
+
+
+def one_reshape(build: Builder, node: fx.Node) -> fx.Node | None:
+    """flatten, unflatten, view, expand of sizes -> reshape;  reshape(reshape(x)) -> reshape(x)."""
+    if node.target in (
+        aten.flatten.using_ints, aten.unflatten.int, aten.view.default, aten._unsafe_view.default,
+        aten.view_as.default, aten.reshape_as.default,
+    ):  # fmt: skip
+        return build.reshape(source(node), _target_sizes(build, node))
+    if node.target is aten.reshape.default and source(node).target is aten.reshape.default:
+        inner = source(source(node))
+        return build.reshape(inner, _target_sizes(build, node))
+    return None
+
+
+def _target_sizes(build: Builder, node: fx.Node) -> list[Any]:
+    """Sizes of the result, at most one of them dynamic and then -1 where that says it all."""
+    sizes: list[Any] = list(node.meta["val"].shape)
+    dynamic = [i for i, size in enumerate(sizes) if not isinstance(size, int)]
+    if len(dynamic) == 1:
+        sizes[dynamic[0]] = -1
+        return sizes
+    if node.target is aten.reshape.default:
+        return list(node.args[1])  # type: ignore[arg-type]  # fx types arguments as a union
+    for place in dynamic:
+        sizes[place] = _size_of(build, node, place)
+    return sizes
+
+
+def _size_of(build: Builder, node: fx.Node, place: int) -> Any:
+    """A dynamic size, read from an argument that already has it (the node itself comes later)."""
+    wanted = node.meta["val"].shape[place]
+    origin = source(node)
+    for axis, size in enumerate(origin.meta["val"].shape):
+        if str(size) == str(wanted):
+            return build.size(origin, axis)
+    start = place if node.target is aten.flatten.using_ints else None
+    if start is not None and node.target is aten.flatten.using_ints:
+        first = int(argument(node, "start_dim") or 0) % rank(origin)
+        last = int(argument(node, "end_dim")) % rank(origin)
+        if place == first:
+            return product(build, [build.size(origin, axis) for axis in range(first, last + 1)])
+    return -1
+
+
+def product(build: Builder, sizes: list[Any]) -> Any:
+    """The product of sizes, of which some are nodes."""
+    total: Any = 1
+    for size in sizes:
+        if isinstance(total, int) and isinstance(size, int):
+            total *= size
+        elif total == 1:
+            total = size
+        elif size != 1:
+            total = build(operator.mul, total, size)
+    return total
+
+
+def chunks_by_split(build: Builder, node: fx.Node) -> fx.Node | None:
+    """chunk(x, n, d), split(x, s, d) -> split_with_sizes;  unbind(x, d) -> select each."""
+    if node.target not in (aten.chunk.default, aten.split.Tensor):
+        return None
+    sizes = [part.shape[int(argument(node, "dim") or 0)] for part in node.meta["val"]]
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    return build(aten.split_with_sizes.default, node.args[0], sizes, argument(node, "dim") or 0)
+
+
+def expand_to_sizes(build: Builder, node: fx.Node) -> fx.Node | None:
+    """expand_as(x, y), broadcast_to -> expand(x, sizes of y)."""
+    if node.target is aten.expand_as.default:
+        other = source(node, 1)
+        return build(aten.expand.default, node.args[0], build.sizes(other))
+    if node.target is aten.broadcast_to.default:
+        return build(aten.expand.default, *node.args)
+    return None
+
+
+def expand_booleans(build: Builder, node: fx.Node) -> fx.Node | None:
+    """expand(mask) -> expand(int(mask)) != 0: MIL `tile` has no booleans on every device."""
+    moving = (aten.expand.default, aten.repeat.default)
+    if node.target not in moving or dtype(node) != torch.bool:
+        return None
+    wide = build(node.target, cast(build, node.args[0], torch.int32), *node.args[1:])
+    return build(aten.ne.Scalar, wide, 0)
+
+
+def repeat_each(build: Builder, node: fx.Node) -> fx.Node | None:
+    """repeat_interleave(x: [a,b], n, 1) -> reshape(expand(x[:, :, None], [a,b,n]), [a,b*n])."""
+    if node.target is not aten.repeat_interleave.self_int:
+        return None
+    x, repeats, axis = source(node), node.args[1], argument(node, "dim")
+    if axis is None:
+        x, axis = build.reshape(x, [-1]), 0
+    axis = int(axis) % max(rank(x), 1)
+    sizes: list[Any] = [-1] * (rank(x) + 1)
+    sizes[axis + 1] = repeats
+    spread = build(aten.expand.default, build(aten.unsqueeze.default, x, axis + 1), sizes)
+    final = build.sizes(x)
+    final[axis] = product(build, [final[axis], repeats])
+    return build.reshape(spread, final)
+
+
+def one_dtype_in_lists(build: Builder, node: fx.Node) -> fx.Node | None:
+    """cat and stack of ints and floats -> of the dtype torch gives the result."""
+    if node.target not in (aten.cat.default, aten.stack.default, aten.concat.default):
+        return None
+    items: Any = node.args[0]
+    wanted = dtype(node)
+    assert wanted is not None
+    empty = [i for i in items if tuple(i.meta["val"].shape) == (0,)]
+    if all(dtype(item) == wanted for item in items) and not empty and wanted != torch.bool:
+        return None
+    carried = torch.int32 if wanted == torch.bool else wanted
+    new = [cast(build, item, carried) for item in items if item not in empty]
+    joined = build(node.target, new, *node.args[1:])
+    return build(aten.ne.Scalar, joined, 0) if wanted == torch.bool else joined
+
+
+def drop_idle_squeeze(build: Builder, node: fx.Node) -> fx.Node | None:
+    """squeeze -> reshape: torch leaves an axis alone unless its size is 1, MIL fails on it."""
+    if node.target not in (aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default):
+        return None
+    return build.reshape(source(node), _target_sizes(build, node))
+
+
+def scatter_by_cat(build: Builder, node: fx.Node) -> fx.Node | None:
+    """slice_scatter(x, y, d, a, b) -> cat([x[:a], y, x[b:]], d);  select_scatter alike."""
+    if node.target is aten.select_scatter.default:
+        axis, index = int(node.args[2]), node.args[3]  # type: ignore[arg-type]  # ints by schema
+        if not isinstance(index, int):
+            return None
+        piece = build(aten.unsqueeze.default, node.args[1], axis)
+        start = index if index >= 0 else index + node.meta["val"].shape[axis]
+        return _spliced(build, node, piece, axis, start, start + 1)
+    if node.target is not aten.slice_scatter.default or argument(node, "step") not in (1, None):
+        return None
+    axis = int(argument(node, "dim") or 0)
+    size = source(node).meta["val"].shape[axis]
+    start, end = argument(node, "start") or 0, argument(node, "end")
+    bounds = [_bound(start, size), _bound(_END if end is None else end, size)]
+    if not all(isinstance(bound, int) for bound in bounds):
+        return None
+    return _spliced(build, node, source(node, 1), axis, *bounds)
+
+
+def _bound(value: Any, size: Any) -> Any:
+    if not isinstance(value, int):
+        return value
+    if value == _END or (isinstance(size, int) and value >= size):
+        return size if isinstance(size, int) else _END
+    return value + size if value < 0 else value
+
+
+def _spliced(
+    build: Builder, node: fx.Node, piece: fx.Node, axis: int, start: int, end: int
+) -> fx.Node:
+    x = source(node)
+    size = x.meta["val"].shape[axis]
+    piece = cast(build, piece, node.meta["val"].dtype)
+    parts = [build(aten.slice.Tensor, x, axis, 0, start)] if start else []
+    parts.append(piece)
+    if not (isinstance(size, int) and end >= size) and end != _END:
+        parts.append(build(aten.slice.Tensor, x, axis, end, _END))
+    if len(parts) == 1:
+        sizes = build.sizes(x)
+        return build(aten.expand.default, piece, sizes)
+    return build(aten.cat.default, parts, axis)
+
+
+def strided_writes(build: Builder, node: fx.Node) -> fx.Node | None:
+    """slice_scatter(x, y, d, a, b, step) -> cat of the phases, where step divides the size."""
+    if node.target is not aten.slice_scatter.default:
+        return None
+    step, axis = int(argument(node, "step") or 1), int(argument(node, "dim") or 0)
+    x, size = source(node), source(node).meta["val"].shape[axis]
+    start, end = int(argument(node, "start") or 0), argument(node, "end")
+    whole = end is None or end == _END or (isinstance(size, int) and end >= size)
+    if step == 1 or not isinstance(size, int) or size % step or not whole or not 0 <= start < step:
+        return None
+    axis %= rank(x)
+    phases = [
+        source(node, 1) if phase == start else build(aten.slice.Tensor, x, axis, phase, _END, step)
+        for phase in range(step)
+    ]
+    stacked = build(aten.stack.default, phases, axis + 1)
+    return build.reshape(stacked, build.sizes(x))
+
+
+RULES: tuple[Legalizer, ...] = (
+    one_reshape, drop_idle_squeeze, chunks_by_split, expand_to_sizes, repeat_each, expand_booleans,
+    one_dtype_in_lists, scatter_by_cat, strided_writes,
+)  # fmt: skip

@@ -1,0 +1,1 @@
+"""Core ML: programs become `.mlpackage` files and are run without a Mac."""

@@ -1,0 +1,1 @@
+"""MIL ops in torch, one family a file; `registry.py` finds them."""

@@ -1,0 +1,33 @@
+"""coremltools, imported without its banner of missing macOS libraries."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from resplice.errors import BackendMissing
+from resplice.quiet import quiet
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Hide warnings and all logs inside the block."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with quiet():
+            yield
+    finally:
+        logging.disable(before)
+
+
+with silent():
+    try:
+        import coremltools
+        from coremltools.converters.mil.frontend.milproto.load import load as load_program
+        from coremltools.converters.mil.mil import types as mil_types
+    except ModuleNotFoundError as error:
+        raise BackendMissing("coremltools", "coreml") from error
+
+__all__ = ["coremltools", "load_program", "mil_types", "silent"]

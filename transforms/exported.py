@@ -103,12 +103,18 @@ def unlift(
     return fx.GraphModule(root, graph)
 
 
-def lift(program: Program, *, extra: Mapping[str, torch.Tensor] | None = None) -> ExportedProgram:
-    """The program as an ExportedProgram (training dialect), ready to save or to export.
+def lift(
+    program: Program,
+    *,
+    extra: Mapping[str, torch.Tensor] | None = None,
+    dialect: str = "TRAINING",
+) -> ExportedProgram:
+    """The program as an ExportedProgram, ready to save or to export.
 
     Args:
         program: What to lift.
         extra: Further weights to carry along, which the graph does not read.
+        dialect: What the exporter expects; our graphs are functional, so they satisfy "ATEN" too.
     """
     graph = copy_graph(program.graph)
     specs = list(_lift_weights(program, graph))
@@ -130,7 +136,7 @@ def lift(program: Program, *, extra: Mapping[str, torch.Tensor] | None = None) -
         module_call_graph=[ModuleCallEntry("", _call_signature(samples, count))],
         example_inputs=(samples, {}),
         constants={},
-        verifiers=[torch._export.verifier.load_verifier("TRAINING")],
+        verifiers=[torch._export.verifier.load_verifier(dialect)],
     )
     return _without_guards(exported)
 

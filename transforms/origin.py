@@ -10,7 +10,7 @@ from torch.fx import Node
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 _OWN_FRAMES = ("/torch/", "/resplice/", "transforms/capture.py")
-KEPT = ("nn_module_stack", "stack_trace", "resplice")
+KEPT = ("nn_module_stack", "stack_trace", "resplice", "resplice_of")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ PASSES = {
     "quest": "resplice.passes.quest:Quest",
 }
 BACKENDS = {
+    "coreml": "resplice.backends.coreml:CoremlBackend",
     "onnx": "resplice.backends.onnx:OnnxBackend",
 }
 EXTRAS = {

@@ -12,13 +12,15 @@ from resplice.backends.coreml.legalize.values import (
     aten,
     cast,
     dtype,
+    fake,
     is_bool,
     rank,
     source,
 )
-from resplice.backends.coreml.mil_op import mil_like
+from resplice.backends.coreml.mil_op import mil, mil_like
 from resplice.backends.legal import Legalizer
 from resplice.build import Builder
+from resplice.dims import same_shape
 
 _LOGICAL = {
     aten.__and__.Tensor: "logical_and", aten.bitwise_and.Tensor: "logical_and",
@@ -72,12 +74,28 @@ def select_values(build: Builder, node: fx.Node) -> fx.Node | None:
     inputs: dict[str, fx.Node] = {"cond": _as_bool(build, mask)}
     numbers: dict[str, Any] = {}
     assert wanted is not None
-    for name, value in (("a", chosen), ("b", other)):
+    for name, value in _one_of_full_size(build, node, chosen, other):
         if isinstance(value, fx.Node):
             inputs[name] = cast(build, value, wanted)
         else:
             numbers[name] = float(value) if wanted.is_floating_point else int(value)
     return mil_like(build, "select", inputs, node, **numbers)
+
+
+def _one_of_full_size(
+    build: Builder, node: fx.Node, chosen: Any, other: Any
+) -> tuple[tuple[str, Any], tuple[str, Any]]:
+    """MIL gives the result the common shape of `a` and `b`, whatever the condition's is."""
+    full = [isinstance(v, fx.Node) and same_shape(fake(v), fake(node)) for v in (chosen, other)]
+    if not any(full):
+        sizes = build.sizes(node)
+        if isinstance(chosen, fx.Node):
+            chosen = build(aten.expand.default, chosen, sizes)
+        elif isinstance(other, fx.Node):
+            other = build(aten.expand.default, other, sizes)
+        else:
+            chosen = build(aten.full.default, sizes, chosen, dtype=dtype(node))
+    return ("a", chosen), ("b", other)
 
 
 def _select_bools(
@@ -112,8 +130,6 @@ def any_by_maximum(build: Builder, node: fx.Node) -> fx.Node | None:
     axes = [a % max(rank(x), 1) for a in (axes if isinstance(axes, list | tuple) else [axes])]
     keep = bool(argument(node, "keepdim")) if len(node.args) > 2 else False
     counted = cast(build, _as_bool(build, x), torch.int32)
-    from resplice.backends.coreml.mil_op import mil
-
     best = mil(
         build, found, {"x": counted}, sizes=build.sizes(node), dtype=torch.int32, axes=axes,
         keep_dims=keep,

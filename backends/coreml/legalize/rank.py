@@ -30,7 +30,8 @@ _ALONG = {
 _NO_AXES = (aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
 
 
-def _deep(node: fx.Node) -> bool:
+def is_deep(node: fx.Node) -> bool:
+    """Whether a node reads or computes a tensor of too many axes."""
     values: list[Any] = [fake(n) for n in node.all_input_nodes]
     found = node.meta.get("val")
     values += list(found) if isinstance(found, list | tuple) else [found]
@@ -39,7 +40,7 @@ def _deep(node: fx.Node) -> bool:
 
 def new_axes_by_reshape(build: Builder, node: fx.Node) -> fx.Node | None:
     """unsqueeze, squeeze of many axes -> reshape."""
-    if node.target not in _NO_AXES or not _deep(node):
+    if node.target not in _NO_AXES or not is_deep(node):
         return None
     x = source(node)
     sizes = build.sizes(x)
@@ -54,7 +55,7 @@ def new_axes_by_reshape(build: Builder, node: fx.Node) -> fx.Node | None:
 
 def permute_by_swaps(build: Builder, node: fx.Node) -> fx.Node | None:
     """permute of many axes -> of merged ones, else swaps of neighbouring blocks at rank 4."""
-    if node.target not in (aten.permute.default, aten.transpose.int) or not _deep(node):
+    if node.target not in (aten.permute.default, aten.transpose.int) or not is_deep(node):
         return None
     x = source(node)
     order = _order(node, rank(x))
@@ -115,7 +116,7 @@ def elementwise_on_merged_axes(build: Builder, node: fx.Node) -> fx.Node | None:
     pointwise = isinstance(node.target, torch._ops.OpOverload) and (
         torch.Tag.pointwise in node.target.tags or node.target is aten._to_copy.default
     )
-    if not pointwise or not _deep(node):
+    if not pointwise or not is_deep(node):
         return None
     nodes = [n for n in node.all_input_nodes if fake(n) is not None]
     groups = _merging(node, nodes)
@@ -128,7 +129,7 @@ def elementwise_on_merged_axes(build: Builder, node: fx.Node) -> fx.Node | None:
 
 def expand_on_merged_axes(build: Builder, node: fx.Node) -> fx.Node | None:
     """expand to many axes -> on merged ones;  repeat alike."""
-    if node.target is not aten.expand.default or not _deep(node):
+    if node.target is not aten.expand.default or not is_deep(node):
         return None
     x = source(node)
     groups = _merging(node, [x])
@@ -180,7 +181,7 @@ def _merge(build: Builder, x: fx.Node, groups: list[list[int]], count: int) -> f
 
 def one_axis_of_three(build: Builder, node: fx.Node) -> fx.Node | None:
     """softmax, sum, slice, select ... along one axis -> on [before, axis, after]."""
-    if node.target not in _ALONG or not _deep(node):
+    if node.target not in _ALONG or not is_deep(node):
         return None
     x = source(node)
     asked: Any = argument(node, _ALONG[node.target])
@@ -215,7 +216,7 @@ def joined_at_rank_three(build: Builder, node: fx.Node) -> fx.Node | None:
     """cat and stack of many axes -> cat of [before, axis, after]."""
     if node.target not in (aten.cat.default, aten.stack.default, aten.concat.default):
         return None
-    if not _deep(node):
+    if not is_deep(node):
         return None
     items: Any = node.args[0]
     axis = int(argument(node, "dim") or 0) % rank(node)
@@ -231,7 +232,7 @@ def joined_at_rank_three(build: Builder, node: fx.Node) -> fx.Node | None:
 
 def matrices_in_one_batch(build: Builder, node: fx.Node) -> fx.Node | None:
     """matmul of many batch axes -> of one."""
-    if node.target is not aten.matmul.default or not _deep(node):
+    if node.target is not aten.matmul.default or not is_deep(node):
         return None
     left, right = (source(node, i) for i in range(2))
     if rank(right) == 2:
@@ -249,7 +250,7 @@ def matrices_in_one_batch(build: Builder, node: fx.Node) -> fx.Node | None:
 
 def linear_on_rows(build: Builder, node: fx.Node) -> fx.Node | None:
     """linear(x: [a,...,f,k]) -> linear of [rows,k]."""
-    if node.target is not aten.linear.default or not _deep(node):
+    if node.target is not aten.linear.default or not is_deep(node):
         return None
     x = source(node)
     sizes = build.sizes(x)

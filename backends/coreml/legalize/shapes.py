@@ -132,6 +132,17 @@ def one_dtype_in_lists(build: Builder, node: fx.Node) -> fx.Node | None:
     return build(aten.ne.Scalar, joined, 0) if wanted == torch.bool else joined
 
 
+def pad_in_floats(build: Builder, node: fx.Node) -> fx.Node | None:
+    """pad(mask), pad(ints) -> pad(float(x)), cast back: the converter's result is float anyway."""
+    if node.target not in (aten.pad.default, aten.constant_pad_nd.default):
+        return None
+    kind = dtype(node)
+    if kind is None or kind.is_floating_point:
+        return None
+    wide = build(node.target, cast(build, node.args[0], torch.float32), *node.args[1:])
+    return build(aten._to_copy.default, wide, dtype=kind)
+
+
 def drop_idle_squeeze(build: Builder, node: fx.Node) -> fx.Node | None:
     """squeeze -> reshape: torch leaves an axis alone unless its size is 1, MIL fails on it."""
     if node.target not in (aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default):
@@ -203,6 +214,6 @@ def strided_writes(build: Builder, node: fx.Node) -> fx.Node | None:
 
 
 RULES: tuple[Legalizer, ...] = (
-    one_reshape, drop_idle_squeeze, chunks_by_split, expand_to_sizes, repeat_each, expand_booleans,
+    one_reshape, drop_idle_squeeze, pad_in_floats, chunks_by_split, expand_to_sizes, repeat_each, expand_booleans,
     one_dtype_in_lists, scatter_by_cat, strided_writes,
 )  # fmt: skip

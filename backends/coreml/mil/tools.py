@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 
 from resplice.errors import BackendMissing
 from resplice.quiet import quiet
@@ -12,11 +13,11 @@ from resplice.quiet import quiet
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Hide warnings and all logs inside the block."""
+    """Hide warnings, logs and progress bars inside the block."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with quiet():
+        with quiet(), open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
             yield
     finally:
         logging.disable(before)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from resplice.backends.coreml.builder import CoremlBuilder as Builder
 from resplice.backends.coreml.legalize.values import argument, aten, cast, is_bool, rank
 from resplice.backends.legal import Legalizer
-from resplice.build import Builder
 
 _SDPA = aten.scaled_dot_product_attention.default
 

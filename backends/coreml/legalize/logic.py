@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from resplice.backends.coreml.builder import CoremlBuilder as Builder
 from resplice.backends.coreml.legalize.values import (
     argument,
     aten,
@@ -19,7 +20,6 @@ from resplice.backends.coreml.legalize.values import (
 )
 from resplice.backends.coreml.mil_op import mil, mil_like
 from resplice.backends.legal import Legalizer
-from resplice.build import Builder
 from resplice.dims import same_shape
 
 _LOGICAL = {

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from resplice.backends.coreml.builder import CoremlBuilder as Builder
 from resplice.backends.coreml.legalize.shapes import product
 from resplice.backends.coreml.legalize.values import argument, aten, fake, rank, source
 from resplice.backends.legal import Legalizer
-from resplice.build import Builder
 
 LIMIT = 5
 _ALONG = {

@@ -207,7 +207,9 @@ def round_towards_zero(build: Builder, node: fx.Node) -> fx.Node | None:
         down = build(aten.floor.default, build(aten.abs.default, node.args[0]))
         return build(aten.mul.Tensor, build(aten.sign.default, node.args[0]), down)
     if node.target in (aten.div.Tensor_mode, aten.div.Scalar_mode, aten.floor_divide.default):
-        mode = "floor" if node.target is aten.floor_divide.default else argument(node, "rounding_mode")
+        mode = (
+            "floor" if node.target is aten.floor_divide.default else argument(node, "rounding_mode")
+        )
         return _rounded_division(build, node, str(mode))
     return None
 

@@ -44,7 +44,7 @@ def fill_with_value(build: Builder, node: fx.Node) -> fx.Node | None:
 
 
 def count_by_constant(build: Builder, node: fx.Node) -> fx.Node | None:
-    """arange and linspace of known numbers -> a constant; of a dynamic end -> int arange, cast."""
+    """Arange and linspace of known numbers -> a constant; of a dynamic end -> int arange, cast."""
     found = fake(node)
     if found is None:
         return None

@@ -57,7 +57,9 @@ def _never_negative(build: Builder, index: fx.Node) -> bool:
         return _never_negative(build, source(index))
     if index.target in (aten.arange.default, aten.argmax.default):
         return True
-    return index.target is aten.arange.start and isinstance(index.args[0], int) and index.args[0] >= 0
+    return (
+        index.target is aten.arange.start and isinstance(index.args[0], int) and index.args[0] >= 0
+    )
 
 
 def add_at_index(build: Builder, node: fx.Node) -> fx.Node | None:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from resplice.backends.coreml.legalize.values import argument, aten, cast, dtype, rank, source
 from resplice.backends.coreml.builder import CoremlBuilder as Builder
+from resplice.backends.coreml.legalize.values import argument, aten, cast, dtype, rank, source
 from resplice.backends.legal import Legalizer
 
 _END = torch.iinfo(torch.int64).max
@@ -136,7 +136,7 @@ def repeat_each(build: Builder, node: fx.Node) -> fx.Node | None:
 
 
 def one_dtype_in_lists(build: Builder, node: fx.Node) -> fx.Node | None:
-    """cat and stack of ints and floats -> of the dtype torch gives the result."""
+    """Cat and stack of ints and floats -> of the dtype torch gives the result."""
     if node.target not in (aten.cat.default, aten.stack.default, aten.concat.default):
         return None
     items: Any = node.args[0]
@@ -163,7 +163,7 @@ def pad_in_floats(build: Builder, node: fx.Node) -> fx.Node | None:
 
 
 def drop_idle_squeeze(build: Builder, node: fx.Node) -> fx.Node | None:
-    """squeeze -> reshape: torch leaves an axis alone unless its size is 1, MIL fails on it."""
+    """Squeeze -> reshape: torch leaves an axis alone unless its size is 1, MIL fails on it."""
     if node.target not in (aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default):
         return None
     return build.reshape(source(node), _target_sizes(build, node))
@@ -221,7 +221,13 @@ def strided_writes(build: Builder, node: fx.Node) -> fx.Node | None:
     x, size = source(node), source(node).meta["val"].shape[axis]
     start, end = argument(node, "start") or 0, argument(node, "end")
     whole = end is None or end == _END or (isinstance(size, int) and end >= size)
-    if step == 1 or not isinstance(size, int) or size % step or not whole or start not in range(step):
+    if (
+        step == 1
+        or not isinstance(size, int)
+        or size % step
+        or not whole
+        or start not in range(step)
+    ):
         return None
     axis %= rank(x)
     phases = [

@@ -172,7 +172,7 @@ class Optimized(nn.Module):
         """Lower to a backend and, by default, check the artefact before it appears.
 
         Args:
-            backend: "onnx".
+            backend: "onnx" or "coreml".
             path: Where to write.
             check: Run and compare first.
             options: The backend's options, such as `portable=True`.
@@ -194,6 +194,10 @@ class Optimized(nn.Module):
     def to_onnx(self, path: str | Path, *, check: bool = True, **options: Any) -> Artifact:
         """`lower("onnx", path)`; see `resplice.backends.onnx.OnnxOptions` for the options."""
         return self.lower("onnx", path, check=check, **options)
+
+    def to_coreml(self, path: str | Path, *, check: bool = True, **options: Any) -> Artifact:
+        """`lower("coreml", path)`; see `resplice.backends.coreml.CoremlOptions`."""
+        return self.lower("coreml", path, check=check, **options)
 
     def __str__(self) -> str:
         """The program as text."""

@@ -50,7 +50,8 @@ def _redirect(old: fx.Node, new: fx.Node, users: list[fx.Node]) -> None:
 
 
 def _after_inputs(draft: Program) -> fx.Node:
-    return next(node for node in draft.graph.nodes if node.op != "placeholder")
+    found: fx.Node = next(node for node in draft.graph.nodes if node.op != "placeholder")
+    return found
 
 
 def settle_outputs(draft: Program) -> None:

@@ -40,7 +40,8 @@ class CoremlBuilder(Builder):
 
     def size(self, node: fx.Node, axis: int) -> fx.Node | int:
         """A size of a value: an int where static, else a node computed from input sizes."""
-        return self.size_of(node.meta["val"].shape[axis])
+        found: fx.Node | int = self.size_of(node.meta["val"].shape[axis])
+        return found
 
     def size_of(self, size: Any) -> Any:
         """A size, static or symbolic, as an int or a node computed from input sizes."""

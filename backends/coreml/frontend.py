@@ -14,7 +14,7 @@ from torch import fx
 from resplice.backends.coreml.mil.tools import coremltools, mil_types, silent
 
 with silent():
-    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil import Builder as Emit
     from coremltools.converters.mil.frontend.torch import exir_utils
     from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_OPS_REGISTRY
     from coremltools.converters.mil.frontend.torch.utils import (
@@ -102,7 +102,7 @@ def _call(context: Any, node: Any) -> None:
     given = {
         name: _value(context, item) for name, item in zip(json.loads(names), inputs, strict=True)
     }
-    result = getattr(mb, operator)(**given, **json.loads(attributes), name=node.name)
+    result = getattr(Emit, operator)(**given, **json.loads(attributes), name=node.name)
     context.add(result)
 
 
@@ -113,11 +113,13 @@ def _lut_weight(context: Any, node: Any) -> None:
     if is_current_opset_version_compatible_with(coremltools.target.iOS18):
         kind = mil_types.nptype_from_builtin(mil_types.string_to_builtin(_UNPACKED[bits]))
         table = levels.reshape((*[1] * codes.ndim, levels.shape[-1], 1))
-        weight = mb.constexpr_lut_to_dense(indices=codes.astype(kind), lut=table, name=node.name)
+        weight = Emit.constexpr_lut_to_dense(indices=codes.astype(kind), lut=table, name=node.name)
     else:  # one flat stream of bits, and a table for the whole tensor
         stream = pack_elements_into_bits(codes.reshape(-1), bits)
         shape = np.array(codes.shape, dtype=np.uint32)
-        weight = mb.constexpr_lut_to_dense(indices=stream, lut=levels, shape=shape, name=node.name)
+        weight = Emit.constexpr_lut_to_dense(
+            indices=stream, lut=levels, shape=shape, name=node.name
+        )
     context.add(weight)
 
 
@@ -127,7 +129,7 @@ def _block_weight(context: Any, node: Any) -> None:
     zero, bits = node.inputs[2:4]
     kind = mil_types.nptype_from_builtin(mil_types.string_to_builtin(_UNPACKED[bits]))
     context.add(
-        mb.constexpr_blockwise_shift_scale(
+        Emit.constexpr_blockwise_shift_scale(
             data=codes.astype(kind), scale=scale, offset=np.full(scale.shape, zero).astype(kind),
             name=node.name,
         )
@@ -141,20 +143,20 @@ def _to_copy(context: Any, node: Any) -> None:
     wanted = NUM_TO_DTYPE_STRING[number] if number is not None else None
     wanted = {"int16": "int32", "uint8": "int32", "int8": "int32"}.get(str(wanted), wanted)
     if wanted is None or wanted == mil_types.builtin_to_string(x.dtype):
-        context.add(mb.identity(x=x, name=node.name))
+        context.add(Emit.identity(x=x, name=node.name))
     else:
-        context.add(mb.cast(x=x, dtype=wanted, name=node.name))
+        context.add(Emit.cast(x=x, dtype=wanted, name=node.name))
 
 
 @handles("alias", "clone", "detach", "contiguous")
 def _identity(context: Any, node: Any) -> None:
-    context.add(mb.identity(x=context[node.inputs[0]], name=node.name))
+    context.add(Emit.identity(x=context[node.inputs[0]], name=node.name))
 
 
 def _arithmetic(operator: str) -> Handler:
     def emit(context: Any, node: Any) -> None:
         x, y = (_integer(context, item) for item in node.inputs[:2])
-        context.add(getattr(mb, operator)(x=x, y=y, name=node.name))
+        context.add(getattr(Emit, operator)(x=x, y=y, name=node.name))
 
     return emit
 

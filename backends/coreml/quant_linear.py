@@ -1,13 +1,13 @@
 """quant_linear -> packed Core ML weights: a shared look-up table, or blocks.
 
-Per channel (`group` 0): W[n, k] = level[code[n, k]] * step[n] is one table for the whole matrix, and
-the step multiplies the result, `y = linear(x, level[code]) * step`. Tables per channel would lose
-most of the speed on the Neural Engine. Levels are scaled to [-1, 1] (exact in float16), the step
-takes the factor, so that sums stay small. iOS16 and iOS17 have no 3-bit table: 4 bits hold it.
+Per channel (`group` 0): W[n, k] = level[code[n, k]] * step[n] is one table for the whole matrix,
+and the step multiplies the result, `y = linear(x, level[code]) * step`. Tables per channel would
+lose most of the speed on the Neural Engine. Levels are scaled to [-1, 1] (exact in float16) and the
+step takes the factor, so that sums stay small. Before iOS18 a 3-bit table takes 4-bit fields.
 
 In groups, from iOS18: `constexpr_blockwise_shift_scale` with the integer zero point 2**(b-1); the
 half step that the mid-rise grid is shifted by is a sum over x per group. There are no blocks of
-1, 2 or 3 bits: 4 bits hold them. Before iOS18 there are no blocks: groups are then stored unpacked.
+1, 2 or 3 bits: 4 bits hold them. Before iOS18 there are no blocks: groups are stored unpacked.
 """
 
 from __future__ import annotations

@@ -21,10 +21,9 @@ def one_float_width(draft: Program) -> None:
     for name, value in list(draft.named_weights()):
         if value.dtype in _OTHERS:
             wide = value.detach().float()
-            weights.put(
-                draft.module, name,
-                nn.Parameter(wide, requires_grad=False) if isinstance(value, nn.Parameter) else wide,
-            )  # fmt: skip
+            parameter = isinstance(value, nn.Parameter)
+            new = nn.Parameter(wide, requires_grad=False) if parameter else wide
+            weights.put(draft.module, name, new)
     for node in draft.placeholders:
         if node.meta["val"].dtype in _OTHERS:
             with draft.fake_mode:

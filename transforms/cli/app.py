@@ -15,6 +15,7 @@ import warnings
 import typer
 
 from resplice.cli import check, convert, inspect, measure
+from resplice.cli import run as running
 from resplice.cli.output import talk
 from resplice.errors import ResourceError, RespliceError
 
@@ -25,8 +26,8 @@ app = typer.Typer(
     "5 lowering, 6 verification, 7 resource limit.",
 )  # fmt: skip
 for command in (
-    inspect.passes, inspect.show, inspect.explain, convert.convert, check.check, measure.bench,
-    measure.bisect,
+    inspect.passes, inspect.show, inspect.explain, convert.convert, check.check, running.run,
+    measure.bench, measure.bisect,
 ):  # fmt: skip
     app.command()(command)
 

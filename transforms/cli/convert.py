@@ -17,6 +17,8 @@ from resplice.cli.options import (
     as_options,
     batches_from,
     open_model,
+    pairs,
+    shape_lists,
 )
 from resplice.cli.output import emit, mebibytes, working
 
@@ -24,7 +26,9 @@ from resplice.cli.output import emit, mebibytes, working
 def convert(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="the file to write")],
-    to: Annotated[str, typer.Option(help="backend (onnx), or pt2 for the program itself")] = "onnx",
+    to: Annotated[
+        str, typer.Option(help="backend (onnx, coreml), or pt2 for the program itself")
+    ] = "onnx",
     passes: Annotated[
         str, typer.Option("--passes", "-p", help="pipeline text; none: only lower")
     ] = "",
@@ -43,6 +47,27 @@ def convert(
         int | None, typer.Option(help="MatMulNBits: 4 int8 activations (fast), 0 float")
     ] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX opset")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Core ML: oldest system, iOS16, iOS17, iOS18, iOS26")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="Core ML: fp16 or fp32")] = None,
+    name: Annotated[
+        list[str] | None, typer.Option("--name", help="Core ML: input or output OLD=NEW")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option("--dtype", help="Core ML: border dtype, x=fp16")
+    ] = None,
+    shapes: Annotated[
+        list[str] | None,
+        typer.Option("--shapes", help="Core ML: enumerated shapes of an input, x=1x16,1x32"),
+    ] = None,
+    longest: Annotated[
+        int | None, typer.Option(help="Core ML: bound of dynamic sizes captured without one")
+    ] = None,
+    function: Annotated[
+        list[str] | None,
+        typer.Option("--function", help="a further function of the artefact, NAME=MODEL"),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="make at most this many rewrites")] = None,
     allow_pickle: AllowPickle = False,
     json: Json = False,
@@ -50,11 +75,17 @@ def convert(
     """Rewrite a model and lower it; nothing appears unless it passes its check."""
     with working(f"capturing {model}") as step:
         program = open_model(model, dynamic, allow_pickle=allow_pickle)
+        for title, text in pairs(function or [], "--function").items():
+            program.functions[title] = open_model(text, allow_pickle=allow_pickle)
         batches: list[Any] = list(batches_from(calibration, program))
         step(f"running {passes or 'no passes'}")
         result = optimize(program, passes or None, calibration=batches, check=check, limit=limit)
         step(f"lowering to {to}")
-        options = as_options(portable=portable, accuracy_level=accuracy_level, opset=opset)
+        options = as_options(
+            portable=portable, accuracy_level=accuracy_level, opset=opset, target=target,
+            precision=precision, names=pairs(name or [], "--name"), longest=longest,
+            dtypes=pairs(dtype or [], "--dtype"), shapes=shape_lists(shapes or []),
+        )  # fmt: skip
         _write(result, to, output, check, options)
         where = result.report.save(report) if report else None
     data = {**result.report.to_json(), "report": str(where) if where else None}

@@ -27,6 +27,12 @@ AllowPickle = Annotated[
     typer.Option("--allow-pickle", help="load .pt2 files that can run code; trusted files only"),
 ]
 
+Function = Annotated[str, typer.Option(help="which function of an artefact of several")]
+Mode = Annotated[
+    str,
+    typer.Option(help="Core ML: `declared` rounds every value to its type, `fp32` does not"),
+]
+
 
 def open_model(
     text: str, dynamic: list[str] | None = None, *, allow_pickle: bool = False
@@ -75,6 +81,37 @@ def batches_from(folder: Path | None, program: Program) -> list[dict[str, torch.
     return batches
 
 
+def pairs(items: list[str], option: str) -> dict[str, str]:
+    """Read `NAME=VALUE` items.
+
+    Raises:
+        UsageError: An item has another form.
+    """
+    found = dict[str, str]()
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not name or not equals or not value:
+            raise UsageError(f"{option} {item!r} is not NAME=VALUE")
+        found[name] = value
+    return found
+
+
+def shape_lists(items: list[str]) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Read `x=1x16,1x32` items: the shapes an input may have.
+
+    Raises:
+        UsageError: An item has another form.
+    """
+    found = dict[str, tuple[tuple[int, ...], ...]]()
+    for name, text in pairs(items, "--shapes").items():
+        try:
+            shapes = [tuple(map(int, shape.split("x"))) for shape in text.split(",")]
+        except ValueError as error:
+            raise UsageError(f"--shapes {name}={text!r} is not NAME=1x16,1x32") from error
+        found[name] = tuple(shapes)
+    return found
+
+
 def as_options(**values: Any) -> dict[str, Any]:
-    """Backend options that were given."""
-    return {key: value for key, value in values.items() if value is not None}
+    """Backend options that were given; an empty list or table was not."""
+    return {key: value for key, value in values.items() if value not in (None, {}, [])}

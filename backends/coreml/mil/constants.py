@@ -146,7 +146,8 @@ def _look_up(indices: Array, lut: Array, vector_axis: int | None) -> Array:
     axis = (vector_axis or 0) % indices.ndim
     shape = list(indices.shape)
     shape[axis] *= picked.shape[-1]
-    return np.moveaxis(picked, -1, axis + 1).reshape(shape)
+    joined: Array = np.moveaxis(picked, -1, axis + 1).reshape(shape)
+    return joined
 
 
 def _table_numbers(shape: tuple[int, ...], groups: tuple[int, ...]) -> Array | int:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from mil_models import mb, types
+
 from resplice.backends.coreml.mil.interpreter import Interpreter
 from resplice.backends.coreml.mil.package import MilPackage
 from resplice.backends.coreml.mil.tools import coremltools as ct

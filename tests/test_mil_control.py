@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from mil_models import mb
+
 from resplice.backends.coreml.mil.interpreter import Interpreter
 from resplice.backends.coreml.mil.package import MilPackage
 from resplice.errors import InputError
@@ -39,7 +40,9 @@ def test_state_lives_from_call_to_call(mode: Any) -> None:
         assert torch.equal(found, expected)
     assert torch.equal(state.tensors[described.name].float(), expected)
     fresh = interpreter.make_state()
-    assert torch.equal(fresh.tensors[described.name], torch.zeros_like(fresh.tensors[described.name]))
+    assert torch.equal(
+        fresh.tensors[described.name], torch.zeros_like(fresh.tensors[described.name])
+    )
 
 
 def test_a_copied_state_goes_its_own_way() -> None:

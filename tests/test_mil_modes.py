@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from mil_models import mb
+
 from resplice.backends.coreml.mil.interpreter import Interpreter
 from resplice.backends.coreml.mil.package import MilPackage
 

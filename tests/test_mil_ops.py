@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from mil_models import mb
-from resplice.compare import difference
 from torch.nn import functional as F
+
+from resplice.compare import difference
+from resplice.errors import InputError
 
 Case = tuple[Callable[[Any], Any], Callable[[torch.Tensor], Any]]
 SHAPE = (2, 4, 4, 6)
@@ -265,7 +267,7 @@ SPATIAL: dict[str, Case] = {
         lambda x: F.interpolate(x, scale_factor=(2, 3), mode="bilinear", align_corners=False),
     ),
     "aligned": (
-        lambda x: mb.resize(x=x, shape=[7, 5], resized_dims=np.uint32(2), interpolation_mode="LINEAR",
+        lambda x: mb.resize(x=x, shape=[7, 5], resized_dims=np.uint32(2),
                             sampling_mode="STRICT_ALIGN_CORNERS"),
         lambda x: F.interpolate(x, (7, 5), mode="bilinear", align_corners=True),
     ),
@@ -315,13 +317,13 @@ NORMS: dict[str, Case] = {
     ),
 }  # fmt: skip
 FAMILIES = {
-    "elementwise": ELEMENTWISE,
-    "activations": ACTIVATIONS,
-    "reductions": REDUCTIONS,
-    "shapes": SHAPES,
-    "indexing": INDEXING,
-    "spatial": SPATIAL,
-    "norms": NORMS,
+    "elementwise": ("iOS18", ELEMENTWISE),
+    "activations": ("iOS18", ACTIVATIONS),
+    "reductions": ("iOS18", REDUCTIONS),
+    "shapes": ("iOS18", SHAPES),
+    "indexing": ("iOS16", INDEXING),  # the last opset with negative indices
+    "spatial": ("iOS18", SPATIAL),
+    "norms": ("iOS18", NORMS),
 }
 
 
@@ -331,10 +333,12 @@ def _listed(value: Any) -> list[Any]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_agrees_with_torch(family: str) -> None:
-    cases = FAMILIES[family]
+    target, cases = FAMILIES[family]
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     built = mil_models.model(
-        lambda x: tuple(out for build, _ in cases.values() for out in _listed(build(x))), SHAPE
+        lambda x: tuple(out for build, _ in cases.values() for out in _listed(build(x))),
+        SHAPE,
+        target=target,
     )
     found = iter(mil_models.outputs(built, x))
     wrong = {}
@@ -346,6 +350,15 @@ def test_a_family_agrees_with_torch(family: str) -> None:
             if not measured.within(2e-5):
                 wrong[name] = str(measured)
     assert wrong == {}
+
+
+@pytest.mark.parametrize("index", [-1, 4])
+def test_indices_that_are_undefined_on_a_device_are_refused(index: int) -> None:
+    built = mil_models.model(
+        lambda i: mb.gather(x=np.ones((4, 2), np.float32), indices=i), (1,), dtype=torch.int32
+    )
+    with pytest.raises(InputError, match=f"index {index} is out of range for an axis of 4"):
+        mil_models.outputs(built, torch.tensor([index], dtype=torch.int32))
 
 
 def test_integers_keep_their_arithmetic() -> None:

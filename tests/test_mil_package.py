@@ -9,6 +9,7 @@ import mil_models
 import pytest
 import torch
 from mil_models import mb
+
 from resplice.backends.coreml.mil import plan
 from resplice.backends.coreml.mil.interpreter import Interpreter
 from resplice.backends.coreml.mil.package import MilPackage

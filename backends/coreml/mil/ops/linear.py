@@ -18,7 +18,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 def matmul(
     x: torch.Tensor, y: torch.Tensor, transpose_x: bool = False, transpose_y: bool = False
 ) -> torch.Tensor:
-    """The matrix product over the last two axes, leading axes broadcast."""
+    """The matrix product over the last two axes, leading axes broadcast.
+
+    From iOS 17 on the two may differ in type; integers then become floats.
+    """
+    if x.dtype != y.dtype:
+        wide = torch.promote_types(x.dtype, y.dtype)
+        x, y = x.to(wide), y.to(wide)
     left = x.mT if transpose_x and x.dim() > 1 else x
     right = y.mT if transpose_y and y.dim() > 1 else y
     return torch.matmul(left, right)

@@ -96,9 +96,9 @@ class _Lstm:
             enter, forget, output, candidate = parts.chunk(4, -1)
             enter = self.gate(enter + peep_input * memory)
             forget = self.gate(forget + peep_forget * memory)
-            if self.clip is not None:
-                candidate = candidate.clamp(-self.clip, self.clip)
             memory = forget * memory + enter * self.cell(candidate)
+            if self.clip is not None:
+                memory = memory.clamp(-self.clip, self.clip)
             hidden = self.gate(output + peep_output * memory) * self.out(memory)
             states.append(hidden)
         return states, hidden, memory

@@ -31,7 +31,7 @@ os.environ.setdefault("INCLUDE_MIL_FP32_UNIT_TESTS", "1")
 from resplice.backends.coreml.mil.dtypes import type_name
 from resplice.backends.coreml.mil.interpreter import Interpreter
 from resplice.backends.coreml.mil.package import MilPackage
-from resplice.backends.coreml.mil.plan import _all_ops
+from resplice.backends.coreml.mil.plan import all_ops
 from resplice.backends.coreml.mil.tools import coremltools, silent
 from resplice.errors import InputError
 
@@ -138,13 +138,13 @@ class Harvest:
 
 def op_types(package: MilPackage) -> set[str]:
     """What a model is about: its op types, plumbing aside."""
-    found = {op.op_type for f in package.program.functions.values() for op in _all_ops(f)}
+    found = {op.op_type for f in package.program.functions.values() for op in all_ops(f)}
     return found - PLUMBING or (found - {"const"}) or {"const"}
 
 
 def uses_half(package: MilPackage) -> bool:
     """Whether any tensor of the program is fp16."""
-    ops = [op for f in package.program.functions.values() for op in _all_ops(f)]
+    ops = [op for f in package.program.functions.values() for op in all_ops(f)]
     variables = [var for op in ops for var in op.outputs]
     variables += [v for f in package.program.functions.values() for v in f.inputs.values()]
     return any(type_name(var) == "fp16" for var in variables)

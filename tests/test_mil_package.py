@@ -6,21 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import mil_models
+import numpy as np
 import pytest
 import torch
 from mil_models import mb
 
 from resplice.backends.coreml.mil import plan
+from resplice.backends.coreml.mil.constants import decodable
 from resplice.backends.coreml.mil.interpreter import Interpreter
 from resplice.backends.coreml.mil.package import MilPackage
 from resplice.backends.coreml.mil.tools import coremltools as ct
 from resplice.backends.coreml.mil.tools import silent
 from resplice.errors import InputError, LoweringError, UsageError
-
-
-class _Rows(torch.nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.reshape(x.shape[0], -1).sum(-1, keepdim=True) * 2
 
 
 def _flexible(shape: Any) -> MilPackage:
@@ -86,6 +83,44 @@ def test_enumerated_shapes() -> None:
 def test_wrong_inputs_are_refused(simple: MilPackage, inputs: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Interpreter(simple).run(inputs)
+
+
+def test_every_core_op_is_known() -> None:
+    with silent():
+        from coremltools.converters.mil.mil.ops.registry import SSAOpRegistry
+    pseudo = {"const", "_const_symbolic"}
+    known = {name for name in SSAOpRegistry.core_ops if plan.find(name) or decodable(name)}
+    assert set(SSAOpRegistry.core_ops) - known == pseudo
+
+
+def test_a_classifier_returns_probabilities_and_the_position_of_the_label() -> None:
+    labels = ct.ClassifierConfig(["a", "b", "c"], predicted_probabilities_output="p")
+    built = mil_models.model(
+        lambda x: mb.softmax(x=x, axis=-1, name="p"), (1, 3), classifier_config=labels
+    )
+    package = MilPackage.open(built.package_path)
+    found = list(Interpreter(package).run({"x0": torch.tensor([[0.0, 2.0, 1.0]])}).values())
+    assert found[0].item() == 1
+    torch.testing.assert_close(found[1], torch.softmax(torch.tensor([0.0, 2.0, 1.0]), 0))
+
+
+def test_an_image_is_a_tensor_of_pixels() -> None:
+    traced = torch.jit.trace(torch.nn.Conv2d(3, 2, 3).eval(), torch.zeros(1, 3, 8, 8))
+    with silent():
+        built = ct.convert(
+            traced,
+            inputs=[ct.ImageType(name="x", shape=(1, 3, 8, 8), scale=0.5)],
+            minimum_deployment_target=ct.target.iOS16,
+            compute_precision=ct.precision.FLOAT32,
+            outputs=[ct.TensorType(name="y", dtype=np.float32)],
+            skip_model_load=True,
+        )
+    package = MilPackage.open(built.package_path)
+    (given,) = package.inputs()
+    assert (given.shape, given.dtype) == ((1, 3, 8, 8), torch.float32)
+    x = torch.randint(0, 255, (1, 3, 8, 8)).float()
+    with torch.no_grad():
+        torch.testing.assert_close(Interpreter(package).run({"x": x})["y"], traced(x * 0.5))
 
 
 def test_a_wrong_function_is_refused(simple: MilPackage) -> None:

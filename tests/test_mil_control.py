@@ -12,14 +12,16 @@ from mil_models import mb
 
 from resplice.backends.coreml.mil.interpreter import Interpreter
 from resplice.backends.coreml.mil.package import MilPackage
+from resplice.backends.coreml.mil.tools import coremltools as ct
+from resplice.backends.coreml.mil.tools import silent
 from resplice.errors import InputError
 
 
-def _accumulator() -> Any:
+def _accumulator(factor: float = 1.0) -> Any:
     def build(x: Any, s: Any) -> Any:
         total = mb.add(x=mb.read_state(input=s), y=mb.cast(x=x, dtype="fp16"))
         stored = mb.coreml_update_state(state=s, value=total)
-        return mb.cast(x=mb.mul(x=stored, y=np.float16(1)), dtype="fp32", name="y")
+        return mb.cast(x=mb.mul(x=stored, y=np.float16(factor)), dtype="fp32", name="y")
 
     return mil_models.model(build, (2,), states=[(2,)])
 
@@ -54,6 +56,23 @@ def test_a_copied_state_goes_its_own_way() -> None:
     interpreter.run({"x0": one}, other)
     assert interpreter.run({"x0": one}, state)["y"].tolist() == [2, 2]
     assert interpreter.run({"x0": one}, other)["y"].tolist() == [3, 3]
+
+
+def test_two_functions_share_one_state(tmp_path: Any) -> None:
+    descriptor = ct.utils.MultiFunctionDescriptor()
+    for name, factor in (("plain", 1.0), ("tenfold", 10.0)):
+        (tmp_path / name).mkdir()
+        path = mil_models.saved(_accumulator(factor), tmp_path / name)
+        descriptor.add_function(str(path), "main", name)
+    descriptor.default_function_name = "plain"
+    with silent():
+        ct.utils.save_multifunction(descriptor, str(tmp_path / "both.mlpackage"))
+    package = MilPackage.open(tmp_path / "both.mlpackage")
+    plain, tenfold = Interpreter(package), Interpreter(package, "tenfold")
+    state, one = plain.make_state(), torch.ones(2)
+    assert plain.run({"x0": one}, state)["y"].tolist() == [1, 1]
+    assert tenfold.run({"x0": one}, state)["y"].tolist() == [20, 20]
+    assert plain.run({"x0": one}, state)["y"].tolist() == [3, 3]
 
 
 def test_a_missing_state_is_refused() -> None:

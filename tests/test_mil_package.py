@@ -21,9 +21,9 @@ from resplice.errors import InputError, LoweringError, UsageError
 
 
 def _flexible(shape: Any) -> MilPackage:
-    traced = torch.jit.trace(torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(3, 2)).eval(),
-                             torch.zeros(2, 3))  # fmt: skip
+    body = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(3, 2)).eval()
     with silent():
+        traced = torch.jit.trace(body, torch.zeros(2, 3))
         model = ct.convert(
             traced,
             inputs=[ct.TensorType(name="x", shape=shape)],
@@ -105,8 +105,8 @@ def test_a_classifier_returns_probabilities_and_the_position_of_the_label() -> N
 
 
 def test_an_image_is_a_tensor_of_pixels() -> None:
-    traced = torch.jit.trace(torch.nn.Conv2d(3, 2, 3).eval(), torch.zeros(1, 3, 8, 8))
     with silent():
+        traced = torch.jit.trace(torch.nn.Conv2d(3, 2, 3).eval(), torch.zeros(1, 3, 8, 8))
         built = ct.convert(
             traced,
             inputs=[ct.ImageType(name="x", shape=(1, 3, 8, 8), scale=0.5)],

@@ -9,9 +9,18 @@ from resplice.backends.coreml.mil.registry import implements
 
 
 @implements("linear")
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`x @ weight.T + bias` with weight `[out, in]`."""
-    return functional.linear(x, weight, bias)
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor | list[list[int]],
+    bias: torch.Tensor | list[int] | None = None,
+) -> torch.Tensor:
+    """`x @ weight.T + bias` with weight `[out, in]`; integers meeting floats become floats."""
+    if isinstance(weight, torch.Tensor) and weight.dtype == x.dtype and not isinstance(bias, list):
+        return functional.linear(x, weight, bias)
+    matrix = torch.as_tensor(weight)
+    wide = torch.promote_types(x.dtype, matrix.dtype)
+    shift = None if bias is None else torch.as_tensor(bias).to(wide)
+    return functional.linear(x.to(wide), matrix.to(wide), shift)
 
 
 @implements("matmul")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _LOGGERS = ("torch", "torch.onnx", "torch.fx.experimental.symbolic_shapes", "torch._export",
-            "torch._dynamo", "onnxscript", "onnx_ir", "coremltools")  # fmt: skip
+            "torch._dynamo", "onnxscript", "onnx_ir")  # fmt: skip
 
 
 @contextmanager

@@ -67,8 +67,11 @@ def _to_torch(array: np.ndarray[Any, Any], name: str) -> torch.Tensor:
         array = array.astype(np.float32)
     elif array.dtype.kind in "ui" and array.dtype.itemsize > 1:
         array = array.astype(np.int64) if array.dtype != np.int32 else array
-    with silent():  # torch warns of read-only memory; nothing here writes into its inputs
-        return torch.from_numpy(np.ascontiguousarray(array)).reshape(array.shape).to(dtype)
+    array = np.ascontiguousarray(array).reshape(array.shape)
+    if array.flags.writeable:
+        return torch.from_numpy(array).to(dtype)
+    with silent():  # torch warns of read-only memory; nothing here writes into constants
+        return torch.from_numpy(array).to(dtype)
 
 
 class _Inputs:
@@ -146,8 +149,7 @@ def _look_up(indices: Array, lut: Array, vector_axis: int | None) -> Array:
     axis = (vector_axis or 0) % indices.ndim
     shape = list(indices.shape)
     shape[axis] *= picked.shape[-1]
-    joined: Array = np.moveaxis(picked, -1, axis + 1).reshape(shape)
-    return joined
+    return np.asarray(np.moveaxis(picked, -1, axis + 1).reshape(shape))
 
 
 def _table_numbers(shape: tuple[int, ...], groups: tuple[int, ...]) -> Array | int:

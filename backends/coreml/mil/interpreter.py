@@ -81,7 +81,7 @@ class Interpreter:
         values = self._plan.initial.copy()
         self._bind_inputs(inputs, values)
         self._bind_states(state, values)
-        with torch.inference_mode():
+        with torch.no_grad():
             _run_block(self._plan.body, values, observe)
             return {
                 name: self._declared(name, values[slot])
@@ -179,7 +179,11 @@ def _execute(step: Step, values: list[Any], observe: Observe | None) -> list[Any
         given[name] = [values[s] for s in slot] if isinstance(slot, tuple) else values[slot]
     if step.blocks:
         given["blocks"] = tuple(partial(_run_block, b, values, observe) for b in step.blocks)
-    found = step.function(**given)
+    try:
+        found = step.function(**given)
+    except InputError as error:
+        where = error.where or f"op {step.op.op_type} ({step.op.name})"
+        raise InputError(error.what, where=where, hint=error.hint) from error
     results = list(found) if isinstance(found, tuple) else [found]
     for at, (settled, shape) in enumerate(zip(step.settles, step.shapes, strict=True)):
         if settled is not None:

@@ -11,7 +11,6 @@ import torch
 from google.protobuf.message import DecodeError
 
 from resplice.backends.coreml.mil.constants import Constants
-from resplice.backends.coreml.mil.dtypes import at_rest, type_name
 from resplice.backends.coreml.mil.tools import coremltools, load_program, silent
 from resplice.errors import UsageError
 
@@ -22,6 +21,10 @@ _DECLARED = {
     "INT32": torch.int32,
     "INT8": torch.int8,
 }
+
+
+_OTHER = {"int64Type": torch.int64, "stringType": torch.int64}
+"""Types of a classifier's label, which is returned as a position; the rest are floats."""
 
 
 @dataclass(frozen=True)
@@ -191,11 +194,11 @@ def _type_of(array: Any) -> str:
 
 def _describe(item: Any, var: Any) -> TensorDescription:
     """One entry of the interface; what it leaves open is taken from the program's variable."""
-    if item.type.WhichOneof("Type") != "multiArrayType":
-        shape = _fixed(var.shape) if var is not None else ()
-        name = "fp32" if var is None else type_name(var)
-        dtype = torch.int64 if name in {"int64", "string"} else at_rest(name)
-        return TensorDescription(item.name, dtype, shape)
+    kind = item.type.WhichOneof("Type")
+    if kind != "multiArrayType":
+        image = kind == "imageType" and var is not None
+        shape = _fixed(var.shape) if image else ()
+        return TensorDescription(item.name, _OTHER.get(kind, torch.float32), shape)
     array = item.type.multiArrayType
     dtype, shape = _DECLARED[_type_of(array)], tuple(array.shape)
     flexible = array.WhichOneof("ShapeFlexibility")

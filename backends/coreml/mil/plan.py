@@ -78,7 +78,7 @@ def unsupported(function: Any) -> list[str]:
     """One line for each op that can't be executed, nested blocks included."""
     return [
         f"op {op.op_type} ({op.name})"
-        for op in _all_ops(function)
+        for op in all_ops(function)
         if op.op_type != "const" and find(op.op_type) is None and not decodable(op.op_type)
     ]
 
@@ -97,11 +97,12 @@ def plan(function: Any, constants: Constants, mode: Mode) -> FunctionPlan:
     return _Planner(constants, mode).function(function)
 
 
-def _all_ops(block: Any) -> Iterator[Any]:
+def all_ops(block: Any) -> Iterator[Any]:
+    """Every op of a function or block, those of nested blocks after the op that holds them."""
     for op in block.operations:
         yield op
         for inner in op.blocks:
-            yield from _all_ops(inner)
+            yield from all_ops(inner)
 
 
 class _Planner:

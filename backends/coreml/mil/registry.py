@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -80,6 +81,7 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_IMPLEMENTATIONS))
 
 
+@cache
 def _load_families() -> None:
     for family in FAMILIES:
         import_module(f"resplice.backends.coreml.mil.ops.{family}")

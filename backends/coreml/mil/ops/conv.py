@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from resplice.backends.coreml.mil.ops.values import channels
 from resplice.backends.coreml.mil.registry import implements
+from resplice.errors import LoweringError
 
 _CONV = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 _TRANSPOSE = {
@@ -83,7 +84,13 @@ def conv_quantized(
     quant_bias: torch.Tensor,
     **rest: object,
 ) -> torch.Tensor:
-    """A convolution whose weight is `weight * scale + bias`, one pair per output channel."""
+    """A convolution whose weight is `weight * scale + bias`, one pair per output channel.
+
+    Raises:
+        LoweringError: The weight is a look-up table, which mlprograms have other ops for.
+    """
+    if quantization_type != "linear":
+        raise LoweringError("coreml", [f"conv_quantized of type {quantization_type}"])
     shape = (-1, *[1] * (weight.dim() - 1))
     scale, shift = (torch.as_tensor(v).reshape(shape) for v in (quant_scale, quant_bias))
     dense = weight.to(torch.float32) * scale + shift

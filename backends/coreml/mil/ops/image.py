@@ -205,8 +205,7 @@ def resample(
         for at, size in enumerate(sizes)
     ]  # fmt: skip
     if sampling_mode == "nearest":
-        rows, columns = torch.floor(places[1] + 0.5), torch.floor(places[0] + 0.5)
-        return _read(x, rows, columns, padding_value)
+        return _read(x, torch.round(places[1]), torch.round(places[0]), padding_value)
     top, left = places[1].floor(), places[0].floor()
     down, right = (places[1] - top).unsqueeze(1), (places[0] - left).unsqueeze(1)
     above, below = (

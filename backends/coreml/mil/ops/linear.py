@@ -9,16 +9,31 @@ from resplice.backends.coreml.mil.registry import implements
 
 
 @implements("linear")
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`x @ weight.T + bias` with weight `[out, in]`."""
-    return functional.linear(x, weight, bias)
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor | list[list[int]],
+    bias: torch.Tensor | list[int] | None = None,
+) -> torch.Tensor:
+    """`x @ weight.T + bias` with weight `[out, in]`; integers meeting floats become floats."""
+    if isinstance(weight, torch.Tensor) and weight.dtype == x.dtype and not isinstance(bias, list):
+        return functional.linear(x, weight, bias)
+    matrix = torch.as_tensor(weight)
+    wide = torch.promote_types(x.dtype, matrix.dtype)
+    shift = None if bias is None else torch.as_tensor(bias).to(wide)
+    return functional.linear(x.to(wide), matrix.to(wide), shift)
 
 
 @implements("matmul")
 def matmul(
     x: torch.Tensor, y: torch.Tensor, transpose_x: bool = False, transpose_y: bool = False
 ) -> torch.Tensor:
-    """The matrix product over the last two axes, leading axes broadcast."""
+    """The matrix product over the last two axes, leading axes broadcast.
+
+    From iOS 17 on the two may differ in type; integers then become floats.
+    """
+    if x.dtype != y.dtype:
+        wide = torch.promote_types(x.dtype, y.dtype)
+        x, y = x.to(wide), y.to(wide)
     left = x.mT if transpose_x and x.dim() > 1 else x
     right = y.mT if transpose_y and y.dim() > 1 else y
     return torch.matmul(left, right)

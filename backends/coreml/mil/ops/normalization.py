@@ -77,5 +77,9 @@ def l2_norm(x: torch.Tensor, epsilon: float) -> torch.Tensor:
 def local_response_norm(
     x: torch.Tensor, size: int, alpha: float, beta: float, k: float
 ) -> torch.Tensor:
-    """Divided by a power of the energy of `size` neighbouring channels."""
-    return functional.local_response_norm(x, size, alpha, beta, k)
+    """Divided by a power of the energy of `size` neighbours along the third axis from the end.
+
+    MIL documents axis 1, which is the same for rank 4; for rank 3 its own tests have the first.
+    """
+    batched = x.unsqueeze(0) if x.dim() == 3 else x
+    return functional.local_response_norm(batched, size, alpha, beta, k).reshape(x.shape)

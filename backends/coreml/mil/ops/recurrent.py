@@ -30,7 +30,7 @@ def rnn(
     for step in _steps(functional.linear(x, weight_ih, bias), direction):
         hidden = act(step + functional.linear(hidden, weight_hh))
         states.append(hidden)
-    return _collect(states, output_sequence, direction), hidden
+    return _collect(states, output_sequence), hidden
 
 
 @implements("gru")
@@ -67,7 +67,7 @@ def gru(
             inner = functional.linear(reset * hidden, output_w, output_b)
         hidden = (1 - update) * act(output_x + inner) + update * hidden
         states.append(hidden)
-    return _collect(states, output_sequence, direction), hidden
+    return _collect(states, output_sequence), hidden
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,9 @@ class _Lstm:
             enter, forget, output, candidate = parts.chunk(4, -1)
             enter = self.gate(enter + peep_input * memory)
             forget = self.gate(forget + peep_forget * memory)
-            if self.clip is not None:
-                candidate = candidate.clamp(-self.clip, self.clip)
             memory = forget * memory + enter * self.cell(candidate)
+            if self.clip is not None:
+                memory = memory.clamp(-self.clip, self.clip)
             hidden = self.gate(output + peep_output * memory) * self.out(memory)
             states.append(hidden)
         return states, hidden, memory
@@ -126,13 +126,14 @@ def lstm(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gates in the order input, forget, output, cell; states, last state and last memory.
 
-    With both directions, the states of the two lie side by side on the last axis.
+    States come in the order computed, so backwards for direction `reverse`. With both directions,
+    the states of the two lie side by side on the last axis, both in the order of the input.
     """
     shared = (by_name(recurrent_activation), by_name(cell_activation), by_name(activation), clip)
     if direction != "bidirectional":
         layer = _Lstm(weight_ih, weight_hh, bias, peephole, *shared)
         states, hidden, memory = layer.run(x, initial_h, initial_c, direction)
-        return _collect(states, output_sequence, direction), hidden, memory
+        return _collect(states, output_sequence), hidden, memory
     assert weight_ih_back is not None
     assert weight_hh_back is not None
     there = _Lstm(weight_ih, weight_hh, bias, peephole, *shared)
@@ -140,10 +141,7 @@ def lstm(
     h, c = initial_h.chunk(2, -1), initial_c.chunk(2, -1)
     first = there.run(x, h[0], c[0], "forward")
     second = back.run(x, h[1], c[1], "reverse")
-    sequences = [
-        _collect(first[0], output_sequence, "forward"),
-        _collect(second[0], output_sequence, "reverse"),
-    ]
+    sequences = _collect(first[0], output_sequence), _collect(second[0], output_sequence).flip(0)
     return (
         torch.cat(sequences, -1),
         torch.cat((first[1], second[1]), -1),
@@ -156,6 +154,6 @@ def _steps(projected: torch.Tensor, direction: str) -> tuple[torch.Tensor, ...]:
     return steps[::-1] if direction == "reverse" else steps
 
 
-def _collect(states: list[torch.Tensor], whole: bool, direction: str) -> torch.Tensor:
+def _collect(states: list[torch.Tensor], whole: bool) -> torch.Tensor:
     """All states in the order computed, or the last alone, along a first axis."""
     return torch.stack(states) if whole else states[-1].unsqueeze(0)

@@ -10,9 +10,16 @@ from resplice.backends.coreml.mil.registry import implements
 
 @implements("reshape", moves=True)
 def reshape(x: torch.Tensor, shape: Numbers) -> torch.Tensor:
-    """A new shape; 0 keeps the size at that place, -1 stands for what remains."""
+    """A new shape; -1 stands for what remains.
+
+    0 keeps the size at the same place counted from the end (1 if there is none); up to iOS 16,
+    where zeros need equal ranks, it makes no difference from which end.
+    """
     sizes = ints(shape)
-    return x.reshape([x.shape[at] if size == 0 else size for at, size in enumerate(sizes)])
+    if 0 in sizes:
+        kept = [1] * (len(sizes) - x.dim()) + list(x.shape[max(x.dim() - len(sizes), 0) :])
+        sizes = [old if size == 0 else size for size, old in zip(sizes, kept, strict=True)]
+    return x.reshape(sizes)
 
 
 @implements("reshape_like", moves=True)

@@ -8,6 +8,7 @@ never disturb a pass's patterns.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import fx
 
@@ -16,7 +17,8 @@ from resplice.errors import PassError
 from resplice.program import Program
 from resplice.rules import replace_node
 
-Legalizer = Callable[[Builder, fx.Node], fx.Node | None]
+Legalizer = Callable[[Any, fx.Node], fx.Node | None]
+"""(the backend's builder, a node) -> the node that takes its place, or None."""
 _TOO_MANY = 64
 """Rewrites per node of the original graph after which rules are taken to feed each other."""
 

@@ -96,8 +96,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 hadamard.differentiate(_backward, setup=_save)
 
 
+@hadamard.lower("coreml")
 @hadamard.lower("onnx")
-def _onnx(build: Any, x: Any, block: int) -> Any:
+def _by_product(build: Any, x: Any, block: int) -> Any:
     """Reshape, one product with a constant matrix, reshape."""
     dtype = x.meta["val"].dtype
     matrix = build.constant(f"hadamard.order_{block}", hadamard_matrix(block).to(dtype))

@@ -165,3 +165,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 quant_linear.differentiate(_backward, setup=_save)
 quant_linear.lowerings["onnx"] = "resplice.backends.onnx.quant_linear:lower"
+quant_linear.lowerings["coreml"] = "resplice.backends.coreml.quant_linear:lower"

@@ -164,6 +164,7 @@ def run(cap: int, opsets: tuple[str, ...] = OPSETS, select: str = "") -> Harvest
     with silent():
         from coremltools.converters.mil import testing_utils as shared
         from coremltools.converters.mil.mil.ops.tests import testing_utils as for_ops
+
         from resplice.backends.coreml.mil.state import State
 
     harvest = Harvest(cap)

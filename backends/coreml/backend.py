@@ -61,7 +61,9 @@ class CoremlBackend:
         stored: dict[str, Any] = {"functions": {}, "origins": {}}
         with staged(target) as stage:
             parts = {
-                name: self._part(function, stage / f"part-{i}.mlpackage", name, options, notes, stored)
+                name: self._part(
+                    function, stage / f"part-{i}.mlpackage", name, options, notes, stored
+                )
                 for i, (name, function) in enumerate(program.all_functions())
             }
             bar = _bar(program, options)

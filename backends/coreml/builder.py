@@ -40,7 +40,10 @@ class CoremlBuilder(Builder):
 
     def size(self, node: fx.Node, axis: int) -> fx.Node | int:
         """A size of a value: an int where static, else a node computed from input sizes."""
-        size = node.meta["val"].shape[axis]
+        return self.size_of(node.meta["val"].shape[axis])
+
+    def size_of(self, size: Any) -> Any:
+        """A size, static or symbolic, as an int or a node computed from input sizes."""
         return size if isinstance(size, int) else self._computed(expression(size))
 
     def _computed(self, expr: Any) -> Any:

@@ -79,7 +79,11 @@ def compare_values(
             entry = ValueDifference(var.name, op.op_type, node, where(nodes[node]), found)
             if node not in best:
                 order.append(node)
-            if node not in best or var.name.startswith(node) or found.relative < best[node].difference.relative:
+            if (
+                node not in best
+                or var.name.startswith(node)
+                or found.relative < best[node].difference.relative
+            ):
                 best[node] = entry
 
     _observed(artifact, inputs, function, observe)

@@ -108,7 +108,9 @@ class _Ranges:
         if listed is not None:
             self._check(node, listed)
             return ct.EnumeratedShapes(shapes=[list(shape) for shape in listed])
-        sample = self._program.samples[node.name].reshape(tuple(self._program.samples[node.name].shape) or (1,))
+        sample = self._program.samples[node.name].reshape(
+            tuple(self._program.samples[node.name].shape) or (1,)
+        )
         return [
             size if isinstance(size, int) else self._range(size, int(sample.shape[axis]))
             for axis, size in enumerate(sizes)

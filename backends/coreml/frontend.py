@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from resplice.backends.coreml.mil.tools import mil_types, silent
+from resplice.backends.coreml.mil.tools import coremltools, mil_types, silent
 
 with silent():
     from coremltools.converters.mil import Builder as mb
@@ -21,6 +21,8 @@ with silent():
         NUM_TO_DTYPE_STRING,
         sanitize_op_kind,
     )
+    from coremltools.converters.mil.mil.block import is_current_opset_version_compatible_with
+    from coremltools.optimize._utils import pack_elements_into_bits
 
 Handler = Callable[[Any, Any], None]
 _HANDLERS: dict[str, Handler] = {}
@@ -107,14 +109,16 @@ def _call(context: Any, node: Any) -> None:
 @handles("resplice_mil::lut_weight", "lut_weight")
 def _lut_weight(context: Any, node: Any) -> None:
     codes, levels = (context[name].val for name in node.inputs[:2])
-    kind = _UNPACKED[node.inputs[2]]
-    indices = codes.astype(mil_types.nptype_from_builtin(mil_types.string_to_builtin(kind)))
-    if levels.dtype == np.float64:
-        levels = levels.astype(np.float32)
-    shape = (*[1] * codes.ndim, levels.shape[-1], 1)
-    context.add(
-        mb.constexpr_lut_to_dense(indices=indices, lut=levels.reshape(shape), name=node.name)
-    )
+    bits, levels = node.inputs[2], levels.astype(np.float32)
+    if is_current_opset_version_compatible_with(coremltools.target.iOS18):
+        kind = mil_types.nptype_from_builtin(mil_types.string_to_builtin(_UNPACKED[bits]))
+        table = levels.reshape((*[1] * codes.ndim, levels.shape[-1], 1))
+        weight = mb.constexpr_lut_to_dense(indices=codes.astype(kind), lut=table, name=node.name)
+    else:  # one flat stream of bits, and a table for the whole tensor
+        stream = pack_elements_into_bits(codes.reshape(-1), bits)
+        shape = np.array(codes.shape, dtype=np.uint32)
+        weight = mb.constexpr_lut_to_dense(indices=stream, lut=levels, shape=shape, name=node.name)
+    context.add(weight)
 
 
 @handles("resplice_mil::block_weight", "block_weight")

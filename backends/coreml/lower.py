@@ -90,7 +90,7 @@ def _legalize(
 
 
 def _decompositions(draft: Program) -> dict[Any, Callable[..., Any]]:
-    """torch's own definition of every operator that is unknown, or has too many axes."""
+    """Torch's own definition of every operator that is unknown, or has too many axes."""
     calls = [node for node in draft.graph.nodes if node.op == "call_function"]
     wanted = {node.target for node in calls if not is_known(node) or is_deep(node)}
     found = {target: _definition(target) for target in wanted}

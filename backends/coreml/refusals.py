@@ -19,9 +19,7 @@ from resplice.program import Program
 _FINE = {torch.ops.aten.copy_.default}
 
 
-def refuse_impossible(
-    program: Program, options: CoremlOptions, *, final: bool = False
-) -> None:
+def refuse_impossible(program: Program, options: CoremlOptions, *, final: bool = False) -> None:
     """Raise for what can't be expressed.
 
     Args:

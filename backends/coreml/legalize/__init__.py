@@ -1,7 +1,7 @@
 """Rules that make ATen mean to coremltools what it means to PyTorch, in order of precedence."""
 
-from resplice.backends.coreml.legalize.attention import RULES as ATTENTION
 from resplice.backends.coreml.legalize.arithmetic import RULES as ARITHMETIC
+from resplice.backends.coreml.legalize.attention import RULES as ATTENTION
 from resplice.backends.coreml.legalize.creation import RULES as CREATION
 from resplice.backends.coreml.legalize.indexing import RULES as INDEXING
 from resplice.backends.coreml.legalize.logic import RULES as LOGIC

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from resplice.backends.coreml.builder import CoremlBuilder as Builder
 from resplice.backends.coreml.legalize.values import (
     argument,
     aten,
@@ -19,7 +20,6 @@ from resplice.backends.coreml.legalize.values import (
 )
 from resplice.backends.coreml.mil_op import mil_like
 from resplice.backends.legal import Legalizer
-from resplice.build import Builder
 
 _SMALLEST = float(torch.finfo(torch.float32).tiny)
 _BINARY = {
@@ -130,10 +130,14 @@ def _numeric(node: fx.Node) -> bool:
 
 
 def _common(operands: list[Any]) -> torch.dtype:
-    values = [fake(a) if isinstance(a, fx.Node) else a for a in operands]
-    if len(values) == 1:
-        return torch.float32
-    return torch.result_type(*values)
+    values = [_stand_in(a) for a in operands]
+    return torch.result_type(*values) if len(values) == 2 else torch.float32
+
+
+def _stand_in(operand: Any) -> Any:
+    """What torch's promotion sees: a tensor, or a number (sizes are integers)."""
+    found = fake(operand) if isinstance(operand, fx.Node) else operand
+    return 1 if found is None else found
 
 
 def promote_integers(build: Builder, node: fx.Node) -> fx.Node | None:
@@ -203,7 +207,9 @@ def round_towards_zero(build: Builder, node: fx.Node) -> fx.Node | None:
         down = build(aten.floor.default, build(aten.abs.default, node.args[0]))
         return build(aten.mul.Tensor, build(aten.sign.default, node.args[0]), down)
     if node.target in (aten.div.Tensor_mode, aten.div.Scalar_mode, aten.floor_divide.default):
-        mode = "floor" if node.target is aten.floor_divide.default else argument(node, "rounding_mode")
+        mode = (
+            "floor" if node.target is aten.floor_divide.default else argument(node, "rounding_mode")
+        )
         return _rounded_division(build, node, str(mode))
     return None
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from resplice.backends.coreml.builder import CoremlBuilder as Builder
 from resplice.backends.coreml.legalize.values import argument, aten, cast, is_bool, rank
 from resplice.backends.legal import Legalizer
-from resplice.build import Builder
 
 _SDPA = aten.scaled_dot_product_attention.default
 
@@ -60,7 +60,8 @@ def additive_masks(build: Builder, node: fx.Node) -> fx.Node | None:
     attention = _attention(build, node, attn_mask=additive)
     if is_bool(mask) or _may_be_infinite(mask):
         closed = build.shared(
-            aten.logical_not.default, build.shared(aten.any.dim, _infinite(build, mask, open_keys), -1, True)
+            aten.logical_not.default,
+            build.shared(aten.any.dim, _infinite(build, mask, open_keys), -1, True),
         )
         return build(aten.masked_fill.Scalar, attention, closed, 0.0)
     return attention
@@ -91,7 +92,7 @@ _CLOSED = -3e4
 
 
 def at_rank_four(build: Builder, node: fx.Node) -> fx.Node | None:
-    """sdpa of rank 3, or 5 and more -> of rank 4; batch sizes are broadcast first."""
+    """Sdpa of rank 3, or 5 and more -> of rank 4; batch sizes are broadcast first."""
     if node.target is not _SDPA:
         return None
     q, k, v = (_operand(node, i) for i in range(3))

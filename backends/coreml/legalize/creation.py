@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from resplice.backends.coreml.builder import CoremlBuilder as Builder
 from resplice.backends.coreml.legalize.values import argument, aten, cast, dtype, fake
 from resplice.backends.legal import Legalizer
-from resplice.build import Builder
 
 _LIKE = {
     aten.new_ones.default: 1, aten.ones_like.default: 1, aten.ones.default: 1,
@@ -44,7 +44,7 @@ def fill_with_value(build: Builder, node: fx.Node) -> fx.Node | None:
 
 
 def count_by_constant(build: Builder, node: fx.Node) -> fx.Node | None:
-    """arange and linspace of known numbers -> a constant; of a dynamic end -> int arange, cast."""
+    """Arange and linspace of known numbers -> a constant; of a dynamic end -> int arange, cast."""
     found = fake(node)
     if found is None:
         return None

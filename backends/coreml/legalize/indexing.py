@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from resplice.backends.coreml.builder import CoremlBuilder as Builder
 from resplice.backends.coreml.legalize.values import argument, aten, cast, rank, source
 from resplice.backends.coreml.mil_op import mil_like
 from resplice.backends.legal import Legalizer
-from resplice.build import Builder
 
 _MODES = {"sum": "add", "prod": "mul", "amax": "max", "amin": "min"}
 _NEUTRAL = {"sum": 0.0, "prod": 1.0, "amax": -3e38, "amin": 3e38}
@@ -57,7 +57,9 @@ def _never_negative(build: Builder, index: fx.Node) -> bool:
         return _never_negative(build, source(index))
     if index.target in (aten.arange.default, aten.argmax.default):
         return True
-    return index.target is aten.arange.start and isinstance(index.args[0], int) and index.args[0] >= 0
+    return (
+        index.target is aten.arange.start and isinstance(index.args[0], int) and index.args[0] >= 0
+    )
 
 
 def add_at_index(build: Builder, node: fx.Node) -> fx.Node | None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from resplice.backends.coreml.builder import CoremlBuilder as Builder
 from resplice.backends.coreml.legalize.values import (
     argument,
     aten,
@@ -19,7 +20,6 @@ from resplice.backends.coreml.legalize.values import (
 )
 from resplice.backends.coreml.mil_op import mil, mil_like
 from resplice.backends.legal import Legalizer
-from resplice.build import Builder
 from resplice.dims import same_shape
 
 _LOGICAL = {
@@ -32,7 +32,7 @@ _LOGICAL = {
 
 
 def masks_by_logic(build: Builder, node: fx.Node) -> fx.Node | None:
-    """a & b, a | b, a ^ b of masks -> logical_and, logical_or, logical_xor."""
+    """A & b, a | b, a ^ b of masks -> logical_and, logical_or, logical_xor."""
     if node.target in _LOGICAL:
         if not is_bool(node):
             return None
@@ -119,8 +119,12 @@ def _and(build: Builder, mask: Any, value: Any) -> Any:
 def any_by_maximum(build: Builder, node: fx.Node) -> fx.Node | None:
     """any(x, d) -> max(int(x), d) > 0;  all(x, d) -> min(int(x), d) > 0."""
     found = {
-        aten.any.dim: "reduce_max", aten.any.default: "reduce_max", aten.any.dims: "reduce_max",
-        aten.all.dim: "reduce_min", aten.all.default: "reduce_min", aten.all.dims: "reduce_min",
+        aten.any.dim: "reduce_max",
+        aten.any.default: "reduce_max",
+        aten.any.dims: "reduce_max",
+        aten.all.dim: "reduce_min",
+        aten.all.default: "reduce_min",
+        aten.all.dims: "reduce_min",
     }.get(node.target)  # type: ignore[call-overload]  # fx types targets as strings too
     if found is None:
         return None
@@ -138,7 +142,7 @@ def any_by_maximum(build: Builder, node: fx.Node) -> fx.Node | None:
 
 
 def compare_booleans(build: Builder, node: fx.Node) -> fx.Node | None:
-    """a == b of booleans -> of integers."""
+    """A == b of booleans -> of integers."""
     if node.target not in (aten.eq.Tensor, aten.ne.Tensor, aten.eq.Scalar, aten.ne.Scalar):
         return None
     if not is_bool(node.args[0]) or not isinstance(node.args[0], fx.Node):

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from resplice.backends.coreml.builder import CoremlBuilder as Builder
 from resplice.backends.coreml.legalize.values import argument, aten, rank, source
 from resplice.backends.legal import Legalizer
-from resplice.build import Builder
 
 
 def groups_at_rank_three(build: Builder, node: fx.Node) -> fx.Node | None:

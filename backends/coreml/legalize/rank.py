@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from resplice.backends.coreml.builder import CoremlBuilder as Builder
 from resplice.backends.coreml.legalize.shapes import product
 from resplice.backends.coreml.legalize.values import argument, aten, fake, rank, source
 from resplice.backends.legal import Legalizer
-from resplice.build import Builder
 
 LIMIT = 5
 _ALONG = {
@@ -48,13 +48,15 @@ def new_axes_by_reshape(build: Builder, node: fx.Node) -> fx.Node | None:
         axis = int(argument(node, "dim")) % (rank(x) + 1)
         return build.reshape(x, [*sizes[:axis], 1, *sizes[axis:]])
     asked: Any = argument(node, "dim") if node.target is not aten.squeeze.default else None
-    axes = range(rank(x)) if asked is None else asked if isinstance(asked, list | tuple) else [asked]
+    axes = (
+        range(rank(x)) if asked is None else asked if isinstance(asked, list | tuple) else [asked]
+    )
     ones = {a % rank(x) for a in axes if x.meta["val"].shape[a] == 1}
     return build.reshape(x, [size for axis, size in enumerate(sizes) if axis not in ones])
 
 
 def permute_by_swaps(build: Builder, node: fx.Node) -> fx.Node | None:
-    """permute of many axes -> of merged ones, else swaps of neighbouring blocks at rank 4."""
+    """Permute of many axes -> of merged ones, else swaps of neighbouring blocks at rank 4."""
     if node.target not in (aten.permute.default, aten.transpose.int) or not is_deep(node):
         return None
     x = source(node)
@@ -128,7 +130,7 @@ def elementwise_on_merged_axes(build: Builder, node: fx.Node) -> fx.Node | None:
 
 
 def expand_on_merged_axes(build: Builder, node: fx.Node) -> fx.Node | None:
-    """expand to many axes -> on merged ones;  repeat alike."""
+    """Expand to many axes -> on merged ones;  repeat alike."""
     if node.target is not aten.expand.default or not is_deep(node):
         return None
     x = source(node)
@@ -145,9 +147,7 @@ def _result_sizes(build: Builder, node: fx.Node) -> list[Any]:
     x, asked = source(node), node.args[1]
     assert isinstance(asked, list | tuple)
     shift = len(asked) - rank(x)
-    return [
-        build.size(x, axis - shift) if size == -1 else size for axis, size in enumerate(asked)
-    ]
+    return [build.size(x, axis - shift) if size == -1 else size for axis, size in enumerate(asked)]
 
 
 def _merging(node: fx.Node, operands: Sequence[fx.Node]) -> list[list[int]]:
@@ -213,7 +213,7 @@ def _one_by_one(build: Builder, node: fx.Node, axes: list[int]) -> fx.Node | Non
 
 
 def joined_at_rank_three(build: Builder, node: fx.Node) -> fx.Node | None:
-    """cat and stack of many axes -> cat of [before, axis, after]."""
+    """Cat and stack of many axes -> cat of [before, axis, after]."""
     if node.target not in (aten.cat.default, aten.stack.default, aten.concat.default):
         return None
     if not is_deep(node):
@@ -231,7 +231,7 @@ def joined_at_rank_three(build: Builder, node: fx.Node) -> fx.Node | None:
 
 
 def matrices_in_one_batch(build: Builder, node: fx.Node) -> fx.Node | None:
-    """matmul of many batch axes -> of one."""
+    """Matmul of many batch axes -> of one."""
     if node.target is not aten.matmul.default or not is_deep(node):
         return None
     left, right = (source(node, i) for i in range(2))

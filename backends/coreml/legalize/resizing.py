@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from resplice.backends.coreml.builder import CoremlBuilder as Builder
 from resplice.backends.coreml.legalize.values import aten, rank, source
 from resplice.backends.legal import Legalizer
-from resplice.build import Builder
 
 _SEPARABLE = {
     aten.upsample_bicubic2d.vec: "bicubic", aten.upsample_bicubic2d.default: "bicubic",

@@ -8,11 +8,24 @@ from typing import Any
 import torch
 from torch import fx
 
+from resplice.backends.coreml.builder import CoremlBuilder as Builder
 from resplice.backends.coreml.legalize.values import argument, aten, cast, dtype, rank, source
 from resplice.backends.legal import Legalizer
-from resplice.build import Builder
 
 _END = torch.iinfo(torch.int64).max
+
+
+def permute_by_equation(build: Builder, node: fx.Node) -> fx.Node | None:
+    """einsum("nhwpqc->nchpwq", x) of one operand without sums -> permute."""
+    if node.target is not aten.einsum.default:
+        return None
+    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
+    before, arrow, after = equation.partition("->")
+    plain = "," not in before and "." not in before and arrow and len(set(before)) == len(before)
+    if not plain or sorted(before) != sorted(after):
+        return None
+    assert isinstance(operands, list | tuple)
+    return build(aten.permute.default, operands[0], [before.index(letter) for letter in after])
 
 
 def one_reshape(build: Builder, node: fx.Node) -> fx.Node | None:
@@ -29,33 +42,13 @@ def one_reshape(build: Builder, node: fx.Node) -> fx.Node | None:
 
 
 def _target_sizes(build: Builder, node: fx.Node) -> list[Any]:
-    """Sizes of the result, at most one of them dynamic and then -1 where that says it all."""
+    """Sizes of the result; a single dynamic one is -1, so that nothing need be computed."""
     sizes: list[Any] = list(node.meta["val"].shape)
-    dynamic = [i for i, size in enumerate(sizes) if not isinstance(size, int)]
+    dynamic = [place for place, size in enumerate(sizes) if not isinstance(size, int)]
     if len(dynamic) == 1:
         sizes[dynamic[0]] = -1
         return sizes
-    if node.target is aten.reshape.default:
-        return list(node.args[1])  # type: ignore[arg-type]  # fx types arguments as a union
-    for place in dynamic:
-        sizes[place] = _size_of(build, node, place)
-    return sizes
-
-
-def _size_of(build: Builder, node: fx.Node, place: int) -> Any:
-    """A dynamic size, read from an argument that already has it (the node itself comes later)."""
-    wanted = node.meta["val"].shape[place]
-    origin = source(node)
-    for axis, size in enumerate(origin.meta["val"].shape):
-        if str(size) == str(wanted):
-            return build.size(origin, axis)
-    start = place if node.target is aten.flatten.using_ints else None
-    if start is not None and node.target is aten.flatten.using_ints:
-        first = int(argument(node, "start_dim") or 0) % rank(origin)
-        last = int(argument(node, "end_dim")) % rank(origin)
-        if place == first:
-            return product(build, [build.size(origin, axis) for axis in range(first, last + 1)])
-    return -1
+    return build.sizes(node)
 
 
 def product(build: Builder, sizes: list[Any]) -> Any:
@@ -79,6 +72,32 @@ def chunks_by_split(build: Builder, node: fx.Node) -> fx.Node | None:
     if not all(isinstance(size, int) for size in sizes):
         return None
     return build(aten.split_with_sizes.default, node.args[0], sizes, argument(node, "dim") or 0)
+
+
+def parts_by_slices(build: Builder, node: fx.Node) -> fx.Node | None:
+    """getitem(split(x, s, d), i) with dynamic sizes -> slice(x, d, start, end)."""
+    if node.target is not operator.getitem:
+        return None
+    parts = source(node)
+    if parts.target not in (
+        aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default,
+    ):  # fmt: skip
+        return None
+    axis, index = int(argument(parts, "dim") or 0), int(node.args[1])  # type: ignore[arg-type]  # an int by construction
+    sizes = [part.shape[axis] for part in parts.meta["val"]]
+    if all(isinstance(size, int) for size in sizes):
+        return None
+    start: Any = 0
+    for place in range(index):
+        start = _sum(build, start, build.size_of(sizes[place]))
+    end = _END if index == len(sizes) - 1 else _sum(build, start, build.size_of(sizes[index]))
+    return build(aten.slice.Tensor, source(parts), axis, start, end)
+
+
+def _sum(build: Builder, left: Any, right: Any) -> Any:
+    if isinstance(left, int) and isinstance(right, int):
+        return left + right
+    return right if left == 0 else build(operator.add, left, right)
 
 
 def expand_to_sizes(build: Builder, node: fx.Node) -> fx.Node | None:
@@ -117,7 +136,7 @@ def repeat_each(build: Builder, node: fx.Node) -> fx.Node | None:
 
 
 def one_dtype_in_lists(build: Builder, node: fx.Node) -> fx.Node | None:
-    """cat and stack of ints and floats -> of the dtype torch gives the result."""
+    """Cat and stack of ints and floats -> of the dtype torch gives the result."""
     if node.target not in (aten.cat.default, aten.stack.default, aten.concat.default):
         return None
     items: Any = node.args[0]
@@ -144,7 +163,7 @@ def pad_in_floats(build: Builder, node: fx.Node) -> fx.Node | None:
 
 
 def drop_idle_squeeze(build: Builder, node: fx.Node) -> fx.Node | None:
-    """squeeze -> reshape: torch leaves an axis alone unless its size is 1, MIL fails on it."""
+    """Squeeze -> reshape: torch leaves an axis alone unless its size is 1, MIL fails on it."""
     if node.target not in (aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default):
         return None
     return build.reshape(source(node), _target_sizes(build, node))
@@ -200,9 +219,15 @@ def strided_writes(build: Builder, node: fx.Node) -> fx.Node | None:
         return None
     step, axis = int(argument(node, "step") or 1), int(argument(node, "dim") or 0)
     x, size = source(node), source(node).meta["val"].shape[axis]
-    start, end = int(argument(node, "start") or 0), argument(node, "end")
+    start, end = argument(node, "start") or 0, argument(node, "end")
     whole = end is None or end == _END or (isinstance(size, int) and end >= size)
-    if step == 1 or not isinstance(size, int) or size % step or not whole or not 0 <= start < step:
+    if (
+        step == 1
+        or not isinstance(size, int)
+        or size % step
+        or not whole
+        or start not in range(step)
+    ):
         return None
     axis %= rank(x)
     phases = [
@@ -214,6 +239,6 @@ def strided_writes(build: Builder, node: fx.Node) -> fx.Node | None:
 
 
 RULES: tuple[Legalizer, ...] = (
-    one_reshape, drop_idle_squeeze, pad_in_floats, chunks_by_split, expand_to_sizes, repeat_each, expand_booleans,
+    permute_by_equation, one_reshape, drop_idle_squeeze, pad_in_floats, parts_by_slices, chunks_by_split, expand_to_sizes, repeat_each, expand_booleans,
     one_dtype_in_lists, scatter_by_cat, strided_writes,
 )  # fmt: skip

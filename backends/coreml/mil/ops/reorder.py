@@ -20,6 +20,7 @@ def transpose(x: torch.Tensor, perm: Numbers) -> torch.Tensor:
 @implements("concat", moves=True)
 def concat(values: list[torch.Tensor], axis: int, interleave: bool = False) -> torch.Tensor:
     """Joined along an axis, one after another or element by element."""
+    values = [value.reshape(1) if value.dim() == 0 else value for value in values]
     if not interleave:
         return torch.cat(values, axis)
     place = axis % values[0].dim()

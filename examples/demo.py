@@ -2,7 +2,9 @@
 
     python examples/demo.py [--out FOLDER] [--passes SPEC] [--windows N]
 
-Writes the fp32 and the rewritten ONNX model and a report; prints what both say and how well.
+Writes the fp32 and the rewritten ONNX model and a report; prints what both say and how well. Then a
+Core ML package that decodes with its cache as state, run by our interpreter, and golden files for
+`examples/mac/check_on_mac.py`.
 """
 
 from __future__ import annotations
@@ -21,15 +23,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
+import decoding
+import golden_files
 import smollm2
 import torch
 from rich.console import Console
 from rich.table import Table
 
 import resplice
+from resplice.backends.coreml.backend import CoremlBackend
+from resplice.backends.coreml.options import CoremlOptions
 
 PROMPT = "Once upon a time, there was a little"
 WINDOW = 512
+CACHE, CHUNK, WRITTEN = 256, 64, 16
 console = Console(highlight=False, width=110)
 
 
@@ -56,6 +63,7 @@ def main() -> int:
     sizes = {f"{options.passes} (ONNX)": converted.nbytes, "original (ONNX fp32)": original.nbytes}
     with torch.no_grad():
         compare(runs, sizes, tokens, options.windows, smaller.report)
+        phone(model, tokens, options.out, smaller.report)
     report = smaller.report.save(options.out)
     seconds, peak = (
         time.perf_counter() - started,
@@ -126,6 +134,42 @@ def compare(
     console.print(table)
     for name, sentence in sentences.items():
         console.print(f"{name}: {sentence!r}", markup=False)
+
+
+def phone(model: Any, tokens: Any, out: Path, report: resplice.Report) -> None:
+    """One Core ML package that reads a prompt and decodes, its cache as state; run here."""
+    started = time.perf_counter()
+    with step(f"capture decoding with a cache: 1 token, and {CHUNK} at once"):
+        program = decoding.capture(model, length=CACHE, chunk=CHUNK)
+    with step("convert both to one Core ML package and check it in our interpreter"):
+        artifact = CoremlBackend().lower(
+            program, out / "smollm2.mlpackage", CoremlOptions(precision="fp32")
+        )
+    seconds, prompt = time.perf_counter() - started, tokens(PROMPT, return_tensors="pt").input_ids
+    with step(f"write {WRITTEN} tokens with the package and with the model"):
+        written = decoding.greedy(decoding.steps_of(artifact), prompt, WRITTEN, chunk=CHUNK)
+        expected = decoding.greedy_without_cache(model, prompt, WRITTEN)
+    with step("write golden files for a Mac"):
+        calls = decoding.reads(prompt, CHUNK)
+        size = prompt.shape[1]
+        calls += [decoding.decodes(t, size + i) for i, t in enumerate(written[:4])]
+        golden = golden_files.write(out / "smollm2.golden.npz", artifact, calls)
+    same = sum(a == b for a, b in zip(written, expected, strict=True))
+    package = "SmolLM2 decode + prefill (Core ML fp32)"
+    report.measure("file size", artifact.nbytes / 2**20, "MiB", model=package)
+    report.measure("capture, convert and check", seconds, "s", model=package)
+    report.measure("greedy tokens equal to eager", same / WRITTEN, "of 1", model=package)
+    for function, found in artifact.notes["check"].items():
+        report.measure(
+            "largest output error", found["output"].relative, "of scale", model=package,
+            function=function,
+        )  # fmt: skip
+    console.print(
+        f"{package}: {artifact.nbytes / 2**20:.0f} MiB, {seconds:.0f} s; "
+        f"{same} of {WRITTEN} tokens as eager: {tokens.decode([*prompt[0], *written])!r}\n"
+        f"on a Mac: python examples/mac/check_on_mac.py {artifact.path} {golden}",
+        markup=False,
+    )
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from resplice.backends.coreml.compare import first_divergence
 from resplice.backends.coreml.mil.interpreter import Interpreter
 from resplice.backends.coreml.mil.package import MilPackage
 from resplice.backends.coreml.mil.state import State
+from resplice.backends.coreml.stateful import buffers_of, fill
 from resplice.cases import fresh_inputs
 from resplice.compare import Difference, keep_worst
 from resplice.errors import InputError, NumericsError
@@ -125,8 +126,10 @@ class CoremlArtifact(Artifact):
             cases = [*cases, *(fresh_inputs(program, seed=100 + i) for i in range(_STEPS - 1))]
         reference, state = program.copy(), self._state(function)
         for case in cases:
-            expected = reference.run_fresh(case)
-            keep_worst(found, expected, self.run(case, function=function, state=state))
+            self._compare(found, reference, case, function, state)
+        if state is not None:
+            fill(reference, state)
+            self._compare(found, reference, cases[0], function, state)
         for name, measured in found.items():
             if not measured.within(self.bar):
                 raise NumericsError(
@@ -137,6 +140,17 @@ class CoremlArtifact(Artifact):
                     "`resplice bisect` tries the passes",
                 )  # fmt: skip
         return found
+
+    def _compare(
+        self, found: dict[str, Difference], reference: Program,
+        case: dict[str, torch.Tensor], function: str, state: State | None,
+    ) -> None:  # fmt: skip
+        """One call of both: outputs, and what it left in the state."""
+        expected = reference.run_fresh(case)
+        keep_worst(found, expected, self.run(case, function=function, state=state))
+        if state is not None:
+            stored = {name: value.float() for name, value in state.tensors.items()}
+            keep_worst(found, buffers_of(reference, stored), stored)
 
     def _state(self, function: str) -> State | None:
         return self.make_state(function) if self.package.states(self._named(function)) else None

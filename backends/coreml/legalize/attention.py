@@ -47,33 +47,39 @@ def causal_by_position(build: Builder, node: fx.Node) -> fx.Node | None:
 
 
 def additive_masks(build: Builder, node: fx.Node) -> fx.Node | None:
-    """sdpa(q, k, v, mask) -> zeros where a row may attend to nothing, else a finite added mask.
+    """sdpa(q, k, v, mask) -> a finite added mask, and zeros where a row may attend to nothing.
 
-    PyTorch defines attention over no key as zero; a softmax over -inf is NaN, and the lowest
-    float32 is -inf in float16.
+    PyTorch defines attention over keys at -inf only as zero, over keys at the lowest float only as
+    their plain mean; a softmax over -inf is NaN, and the lowest float32 is -inf in float16.
     """
     mask = argument(node, "attn_mask") if node.target is _SDPA else None
     if not isinstance(mask, fx.Node) or "resplice_open" in mask.meta:
         return None
-    open_keys = mask if is_bool(mask) else build.shared(aten.gt.Scalar, mask, -3e38)
-    additive = _additive(build, node, mask)
-    attention = _attention(build, node, attn_mask=additive)
-    if is_bool(mask) or _may_be_infinite(mask):
-        closed = build.shared(
-            aten.logical_not.default,
-            build.shared(aten.any.dim, _infinite(build, mask, open_keys), -1, True),
-        )
-        return build(aten.masked_fill.Scalar, attention, closed, 0.0)
-    return attention
+    if is_bool(mask):
+        attention = _attention(build, node, attn_mask=_additive(build, node, mask))
+        return _zero_where_closed(build, attention, mask, mask)
+    if _always_open(build, mask):
+        return _attention(build, node, attn_mask=_additive(build, node, mask))
+    row = build.shared(aten.any.dim, build.shared(aten.gt.Scalar, mask, _LOWEST), -1, True)
+    row = cast(build, row, node.meta["val"].dtype)
+    query = build(aten.mul.Tensor, _operand(node, 0), row)
+    attention = _attention(build, node, query=query, attn_mask=_additive(build, node, mask))
+    some = build.shared(aten.ne.Scalar, mask, -math.inf)
+    return _zero_where_closed(build, attention, mask, some)
 
 
-def _infinite(build: Builder, mask: fx.Node, open_keys: fx.Node) -> fx.Node:
-    """Keys that torch attends to: all but those at -inf (the lowest float still counts)."""
-    return open_keys if is_bool(mask) else build.shared(aten.ne.Scalar, mask, float("-inf"))
+def _zero_where_closed(
+    build: Builder, attention: fx.Node, mask: fx.Node, some: fx.Node
+) -> fx.Node:
+    if mask.op == "get_attr" and bool((build.program.weight(mask) > -math.inf).any(-1).all()):
+        return attention
+    closed = build.shared(aten.logical_not.default, build.shared(aten.any.dim, some, -1, True))
+    return build(aten.masked_fill.Scalar, attention, closed, 0.0)
 
 
-def _may_be_infinite(mask: fx.Node) -> bool:
-    return mask.op != "get_attr"
+def _always_open(build: Builder, mask: fx.Node) -> bool:
+    """Whether a mask is a constant with an open key in every row."""
+    return mask.op == "get_attr" and bool((build.program.weight(mask) > _LOWEST).any(-1).all())
 
 
 def _additive(build: Builder, node: fx.Node, mask: fx.Node) -> fx.Node:
@@ -82,13 +88,17 @@ def _additive(build: Builder, node: fx.Node, mask: fx.Node) -> fx.Node:
         zero = build.constant("coreml.open_key", torch.zeros((), dtype=wanted))
         found = build(aten.where.ScalarOther, mask, zero, _CLOSED)
     else:
-        found = build(aten.clamp.default, cast(build, mask, wanted), _CLOSED)
+        finite = build.shared(aten.clamp.default, cast(build, mask, wanted), _CLOSED)
+        absent = build.shared(aten.eq.Scalar, mask, -math.inf)
+        found = build.shared(aten.masked_fill.Scalar, finite, absent, 2 * _CLOSED)
     found.meta["resplice_open"] = True
     return found
 
 
 _CLOSED = -3e4
-"""Added to closed keys: finite in float16, and its exponential is zero."""
+"""Added to closed keys: finite in float16 even twice, and its exponential is zero."""
+_LOWEST = -1e30
+"""Below it a float32 mask swallows every score."""
 
 
 def at_rank_four(build: Builder, node: fx.Node) -> fx.Node | None:
@@ -131,11 +141,13 @@ def _attention(build: Builder, node: fx.Node, **changes: Any) -> fx.Node:
 
 
 def products_of_parts(build: Builder, node: fx.Node) -> fx.Node | None:
-    """addmm(c, a, b, beta, alpha), baddbmm -> matmul, mul and add."""
+    """addmm(c, a, b, beta, alpha), baddbmm, addbmm -> matmul, mul and add."""
     if node.target not in (aten.addmm.default, aten.baddbmm.default, aten.addbmm.default):
         return None
     bias, left, right = node.args[:3]
     result = build(aten.matmul.default, left, right)
+    if node.target is aten.addbmm.default:
+        result = build(aten.sum.dim_IntList, result, [0])
     for factor, name in ((argument(node, "alpha"), "alpha"), (argument(node, "beta"), "beta")):
         if factor in (1, None):
             continue
@@ -146,7 +158,21 @@ def products_of_parts(build: Builder, node: fx.Node) -> fx.Node | None:
     return build(aten.add.Tensor, result, bias)
 
 
+def vectors_as_matrices(build: Builder, node: fx.Node) -> fx.Node | None:
+    """matmul(a, v) of a vector, mv, dot -> matmul of a matrix of one column or row, reshaped."""
+    if node.target not in (aten.matmul.default, aten.mv.default, aten.dot.default):
+        return None
+    left, right = node.args[:2]
+    assert isinstance(left, fx.Node)
+    assert isinstance(right, fx.Node)
+    if rank(left) > 1 and rank(right) > 1:
+        return None
+    left = build(aten.unsqueeze.default, left, 0) if rank(left) == 1 else left
+    right = build(aten.unsqueeze.default, right, 1) if rank(right) == 1 else right
+    return build.reshape(build(aten.matmul.default, left, right), build.sizes(node))
+
+
 RULES: tuple[Legalizer, ...] = (
     repeat_shared_heads, scale_the_query, causal_by_position, at_rank_four, additive_masks,
-    products_of_parts,
+    products_of_parts, vectors_as_matrices,
 )  # fmt: skip

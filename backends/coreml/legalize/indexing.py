@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from resplice.backends.coreml.builder import CoremlBuilder as Builder
-from resplice.backends.coreml.legalize.values import argument, aten, cast, rank, source
+from resplice.backends.coreml.legalize.values import argument, aten, cast, is_bool, rank, source
 from resplice.backends.coreml.mil_op import mil_like
 from resplice.backends.legal import Legalizer
 
@@ -29,9 +29,11 @@ def indices_from_the_front(build: Builder, node: fx.Node) -> fx.Node | None:
         _wrapped(build, index, build.size(x, axis)) if isinstance(index, fx.Node) else index
         for axis, index in enumerate(given)
     ]
-    if all(a is b for a, b in zip(new, given, strict=True)):
+    if node.meta.get("resplice_front") or all(a is b for a, b in zip(new, given, strict=True)):
         return None
-    return build(node.target, x, new, *node.args[2:])
+    fresh = build(node.target, x, new, *node.args[2:])
+    fresh.meta["resplice_front"] = True
+    return fresh
 
 
 def _wrapped(build: Builder, index: fx.Node, size: Any) -> fx.Node:
@@ -155,6 +157,16 @@ def _scattered_mean(build: Builder, node: fx.Node) -> fx.Node:
     return build(aten.div.Tensor, total, build(aten.clamp.default, counts, 1.0))
 
 
+def masks_read_as_integers(build: Builder, node: fx.Node) -> fx.Node | None:
+    """mask[i], gather(mask, d, i), index_select(mask, d, i) -> of integers: MIL reads no others."""
+    reads = (aten.index.Tensor, aten.gather.default, aten.index_select.default)
+    if node.target not in reads or not is_bool(node):
+        return None
+    read = build(node.target, cast(build, source(node), torch.int32), *node.args[1:])
+    read.meta |= {key: node.meta[key] for key in ("resplice_front",) if key in node.meta}
+    return build(aten.ne.Scalar, read, 0)
+
+
 def gather_rows(build: Builder, node: fx.Node) -> fx.Node | None:
     """embedding(w, i, ...) -> embedding(w, i): padding and sparsity matter to training only."""
     if node.target is aten.embedding.default and (len(node.args) > 2 or node.kwargs):
@@ -163,5 +175,5 @@ def gather_rows(build: Builder, node: fx.Node) -> fx.Node | None:
 
 
 RULES: tuple[Legalizer, ...] = (
-    indices_from_the_front, fill_at_index, add_at_index, scatter_with_reduction, gather_rows,
+    indices_from_the_front, masks_read_as_integers, fill_at_index, add_at_index, scatter_with_reduction, gather_rows,
 )  # fmt: skip

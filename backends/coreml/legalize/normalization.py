@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -65,12 +66,12 @@ def _standardized(build: Builder, x: fx.Node, axes: list[int], epsilon: float) -
 
 
 def _affine(build: Builder, x: fx.Node, weight: Any, bias: Any, axis: int | None) -> fx.Node:
-    for value, operator in ((weight, aten.mul.Tensor), (bias, aten.add.Tensor)):
+    for value, joined in ((weight, aten.mul.Tensor), (bias, aten.add.Tensor)):
         if value is not None:
             spread = value
             if axis is not None:
                 spread = build.reshape(value, [-1, *[1] * (rank(x) - axis - 1)])
-            x = build(operator, x, spread)
+            x = build(joined, x, spread)
     return x
 
 
@@ -98,6 +99,33 @@ def spread_by_moments(build: Builder, node: fx.Node) -> fx.Node | None:
     return build(aten.sqrt.default, result) if node.target in roots else result
 
 
+def moments_apart(build: Builder, node: fx.Node) -> fx.Node | None:
+    """getitem(var_mean(x, d), i) -> var(x, d) or mean(x, d);  std_mean alike."""
+    pairs = {
+        aten.var_mean.correction: aten.var.correction, aten.std_mean.correction: aten.std.correction,
+    }  # fmt: skip
+    if node.target is not operator.getitem or source(node).target not in pairs:
+        return None
+    pair, index = source(node), node.args[1]
+    if index == 0:
+        return build(pairs[pair.target], *pair.args, **pair.kwargs)
+    axes: Any = argument(pair, "dim") or list(range(rank(source(pair))))
+    return build(aten.mean.dim, source(pair), axes, bool(argument(pair, "keepdim")))
+
+
+def angles_by_norms(build: Builder, node: fx.Node) -> fx.Node | None:
+    """cosine_similarity(x, y, d) -> sum(x / max(|x|, eps) * y / max(|y|, eps), d)."""
+    if node.target is not aten.cosine_similarity.default:
+        return None
+    axis, epsilon = int(argument(node, "dim")), float(argument(node, "eps"))
+    scaled = []
+    for x in node.args[:2]:
+        square = build(aten.sum.dim_IntList, build(aten.mul.Tensor, x, x), [axis], True)
+        length = build(aten.clamp.default, build(aten.sqrt.default, square), epsilon)
+        scaled.append(build(aten.div.Tensor, x, length))
+    return build(aten.sum.dim_IntList, build(aten.mul.Tensor, *scaled), [axis])
+
+
 def _correction(node: fx.Node) -> float:
     names = _names(node)
     found = argument(node, "correction" if "correction" in names else "unbiased")
@@ -111,4 +139,5 @@ def _names(node: fx.Node) -> list[str]:
 
 RULES: tuple[Legalizer, ...] = (
     groups_at_rank_three, layers_with_computed_weights, root_mean_square, spread_by_moments,
+    moments_apart, angles_by_norms,
 )  # fmt: skip

@@ -503,7 +503,7 @@ FAMILIES: dict[str, dict[str, Construct]] = {
         "cross": lambda x: torch.linalg.cross(x[..., :3], x[..., 1:]),
     },
     "deep": {
-        "softmax": lambda six: torch.softmax(_deep(six), 2),
+        "softmax": lambda six: torch.softmax(_deep(six), 2).flatten(2),
         "log_softmax": lambda six: torch.log_softmax(_deep(six), -1).flatten(2),
         "permute": lambda six: _deep(six).permute(4, 2, 0, 5, 3, 1).flatten(3).tanh(),
         "transpose": lambda six: _deep(six).transpose(1, 4).exp().flatten(0, 2),

@@ -388,6 +388,8 @@ FAMILIES: dict[str, dict[str, Construct]] = {
     },
     "indexing": {
         "negative": lambda table, index: table[index],
+        "negative_sum": lambda table, count: table[count.reshape(1) - 5],
+        "negative_constant": lambda table: table[torch.tensor([-1, 0, -2])],
         "negative_last": lambda x, index: x[..., index],
         "negative_pair": lambda x, back: x[:, back, back],
         "negative_grid": lambda x, back, index: x[:, back[:, None], index[None]],

@@ -75,9 +75,7 @@ def _opened(build: Builder, node: fx.Node, mask: fx.Node, **changes: Any) -> fx.
     return new
 
 
-def _zero_where_closed(
-    build: Builder, attention: fx.Node, mask: fx.Node, some: fx.Node
-) -> fx.Node:
+def _zero_where_closed(build: Builder, attention: fx.Node, mask: fx.Node, some: fx.Node) -> fx.Node:
     if mask.op == "get_attr" and bool((build.program.weight(mask) > -math.inf).any(-1).all()):
         return attention
     closed = build.shared(aten.logical_not.default, build.shared(aten.any.dim, some, -1, True))

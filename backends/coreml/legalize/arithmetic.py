@@ -16,6 +16,7 @@ from resplice.backends.coreml.legalize.values import (
     dtype,
     fake,
     is_float,
+    rank,
     source,
 )
 from resplice.backends.coreml.mil_op import mil_like
@@ -259,6 +260,41 @@ def clamp_integers(build: Builder, node: fx.Node) -> fx.Node | None:
     return value if value is not node.args[0] else None
 
 
+def products_by_axis(build: Builder, node: fx.Node) -> fx.Node | None:
+    """prod(x), prod(x, d) -> MIL reduce_prod."""
+    if node.target not in (aten.prod.default, aten.prod.dim_int):
+        return None
+    x = source(node)
+    if dtype(x) != dtype(node) or not is_float(x):
+        return None
+    whole = node.target is aten.prod.default
+    axes = list(range(rank(x))) if whole else [int(argument(node, "dim")) % rank(x)]
+    keep = False if whole else bool(argument(node, "keepdim"))
+    return mil_like(build, "reduce_prod", {"x": x}, node, axes=axes, keep_dims=keep)
+
+
+def sums_from_the_front(build: Builder, node: fx.Node) -> fx.Node | None:
+    """cumsum(x, -2) -> cumsum(x, rank - 2): MIL knows -1 only."""
+    if node.target is not aten.cumsum.default or int(argument(node, "dim")) >= 0:
+        return None
+    return build(aten.cumsum.default, source(node), int(argument(node, "dim")) % rank(source(node)))
+
+
+def differences_of_slices(build: Builder, node: fx.Node) -> fx.Node | None:
+    """diff(x, 1, d) -> x[1:] - x[:-1] along d."""
+    if node.target is not aten.diff.default or argument(node, "n") not in (1, None):
+        return None
+    if argument(node, "prepend") is not None or argument(node, "append") is not None:
+        return None
+    x, axis = source(node), argument(node, "dim")
+    axis = (-1 if axis is None else int(axis)) % rank(x)
+    if dtype(x) is torch.bool or not isinstance(x.meta["val"].shape[axis], int):
+        return None
+    later = build(aten.slice.Tensor, x, axis, 1, x.meta["val"].shape[axis])
+    earlier = build(aten.slice.Tensor, x, axis, 0, x.meta["val"].shape[axis] - 1)
+    return build(aten.sub.Tensor, later, earlier)
+
+
 def other_logarithms(build: Builder, node: fx.Node) -> fx.Node | None:
     """log2(x) -> log(x) / log 2;  log10(x) -> log(x) / log 10."""
     factors = {aten.log2.default: 1 / math.log(2), aten.log10.default: 1 / math.log(10)}
@@ -276,5 +312,6 @@ def _result(node: fx.Node) -> torch.dtype:
 RULES: tuple[Legalizer, ...] = (
     scale_by_alpha, divide_in_floats, promote_integers, divide_exactly, root_without_epsilon,
     gelu_by_name, sum_as_asked, power_of_scalar, finite_tests, round_towards_zero,
-    remainder_by_floor, clamp_integers, other_logarithms, same_dtypes,
+    remainder_by_floor, clamp_integers, other_logarithms, products_by_axis, sums_from_the_front,
+    differences_of_slices, same_dtypes,
 )  # fmt: skip

@@ -43,7 +43,7 @@ def causal_by_position(build: Builder, node: fx.Node) -> fx.Node | None:
     row = build(aten.unsqueeze.default, build(aten.arange.default, rows), 1)
     column = build(aten.unsqueeze.default, build(aten.arange.default, columns), 0)
     mask = build(aten.ge.Tensor, row, column)
-    return _attention(build, node, attn_mask=_additive(build, node, mask), is_causal=False)
+    return _opened(build, node, mask, is_causal=False)
 
 
 def additive_masks(build: Builder, node: fx.Node) -> fx.Node | None:
@@ -53,24 +53,29 @@ def additive_masks(build: Builder, node: fx.Node) -> fx.Node | None:
     their plain mean; a softmax over -inf is NaN, and the lowest float32 is -inf in float16.
     """
     mask = argument(node, "attn_mask") if node.target is _SDPA else None
-    if not isinstance(mask, fx.Node) or "resplice_open" in mask.meta:
+    if not isinstance(mask, fx.Node) or "resplice_open" in node.meta:
         return None
     if is_bool(mask):
-        attention = _attention(build, node, attn_mask=_additive(build, node, mask))
+        attention = _opened(build, node, mask)
         return _zero_where_closed(build, attention, mask, mask)
     if _always_open(build, mask):
-        return _attention(build, node, attn_mask=_additive(build, node, mask))
+        return _opened(build, node, mask)
     row = build.shared(aten.any.dim, build.shared(aten.gt.Scalar, mask, _LOWEST), -1, True)
     row = cast(build, row, node.meta["val"].dtype)
     query = build(aten.mul.Tensor, _operand(node, 0), row)
-    attention = _attention(build, node, query=query, attn_mask=_additive(build, node, mask))
+    attention = _opened(build, node, mask, query=query)
     some = build.shared(aten.ne.Scalar, mask, -math.inf)
     return _zero_where_closed(build, attention, mask, some)
 
 
-def _zero_where_closed(
-    build: Builder, attention: fx.Node, mask: fx.Node, some: fx.Node
-) -> fx.Node:
+def _opened(build: Builder, node: fx.Node, mask: fx.Node, **changes: Any) -> fx.Node:
+    """The attention with a finite added mask, marked as such."""
+    new = _attention(build, node, attn_mask=_additive(build, node, mask), **changes)
+    new.meta["resplice_open"] = True
+    return new
+
+
+def _zero_where_closed(build: Builder, attention: fx.Node, mask: fx.Node, some: fx.Node) -> fx.Node:
     if mask.op == "get_attr" and bool((build.program.weight(mask) > -math.inf).any(-1).all()):
         return attention
     closed = build.shared(aten.logical_not.default, build.shared(aten.any.dim, some, -1, True))
@@ -91,7 +96,6 @@ def _additive(build: Builder, node: fx.Node, mask: fx.Node) -> fx.Node:
         finite = build.shared(aten.clamp.default, cast(build, mask, wanted), _CLOSED)
         absent = build.shared(aten.eq.Scalar, mask, -math.inf)
         found = build.shared(aten.masked_fill.Scalar, finite, absent, 2 * _CLOSED)
-    found.meta["resplice_open"] = True
     return found
 
 
@@ -137,7 +141,10 @@ def _attention(build: Builder, node: fx.Node, **changes: Any) -> fx.Node:
     found.update(changes)
     extra = {"scale": found["scale"]} if found["scale"] is not None else {}
     extra |= {"enable_gqa": True} if found["enable_gqa"] else {}
-    return build(_SDPA, *(found[name] for name in names), **extra)
+    new = build(_SDPA, *(found[name] for name in names), **extra)
+    if "resplice_open" in node.meta:
+        new.meta["resplice_open"] = True
+    return new
 
 
 def products_of_parts(build: Builder, node: fx.Node) -> fx.Node | None:

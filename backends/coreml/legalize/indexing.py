@@ -77,6 +77,7 @@ def add_at_index(build: Builder, node: fx.Node) -> fx.Node | None:
     assert isinstance(update, fx.Node)
     assert isinstance(index, fx.Node)
     axis %= max(rank(x), 1)
+    index = _wrapped(build, index, build.size(x, axis))
     if modes[node.target] == "update" and _one_static(index):
         return _written_slice(build, node, x, axis, index, update)
     value = cast(build, update, x.meta["val"].dtype)
@@ -128,9 +129,17 @@ def scatter_with_reduction(build: Builder, node: fx.Node) -> fx.Node | None:
         return _scattered_mean(build, node)
     if node.target is aten.scatter_reduce.two and not argument(node, "include_self"):
         assert isinstance(x, fx.Node)
-        blank = build(aten.full_like.default, update, _NEUTRAL[how])
+        blank = build(aten.full_like.default, update, _neutral(how, x.meta["val"].dtype))
         x = _along_axis(build, node, x, axis, index, blank, "update")
     return _along_axis(build, node, x, axis, index, update, _MODES[how])
+
+
+def _neutral(how: str, kind: torch.dtype) -> float | int:
+    """The value that a reduction leaves alone."""
+    if kind.is_floating_point or how in ("sum", "prod"):
+        return _NEUTRAL[how] if kind.is_floating_point else int(_NEUTRAL[how])
+    limits = torch.iinfo(torch.int32)
+    return limits.min if how == "amax" else limits.max
 
 
 def _along_axis(
@@ -167,6 +176,20 @@ def masks_read_as_integers(build: Builder, node: fx.Node) -> fx.Node | None:
     return build(aten.ne.Scalar, read, 0)
 
 
+def gather_alike(build: Builder, node: fx.Node) -> fx.Node | None:
+    """take_along_dim(x, i, d) -> gather(x, d, i) where nothing broadcasts."""
+    axis: Any = argument(node, "dim") if node.target is aten.take_along_dim.default else None
+    if axis is None:
+        return None
+    x, index = source(node), source(node, 1)
+    shapes = [list(v.meta["val"].shape) for v in (x, index)]
+    for shape in shapes:
+        shape.pop(int(axis))
+    if shapes[0] != shapes[1]:
+        return None
+    return build(aten.gather.default, x, int(axis) % rank(x), index)
+
+
 def gather_rows(build: Builder, node: fx.Node) -> fx.Node | None:
     """embedding(w, i, ...) -> embedding(w, i): padding and sparsity matter to training only."""
     if node.target is aten.embedding.default and (len(node.args) > 2 or node.kwargs):
@@ -175,5 +198,5 @@ def gather_rows(build: Builder, node: fx.Node) -> fx.Node | None:
 
 
 RULES: tuple[Legalizer, ...] = (
-    indices_from_the_front, masks_read_as_integers, fill_at_index, add_at_index, scatter_with_reduction, gather_rows,
+    indices_from_the_front, masks_read_as_integers, fill_at_index, add_at_index, scatter_with_reduction, gather_alike, gather_rows,
 )  # fmt: skip

@@ -27,6 +27,9 @@ _ALONG = {
     aten.index_select.default: "dim", aten.flip.default: "dims", aten.argmax.default: "dim",
     aten.any.dim: "dim", aten.all.dim: "dim",
 }  # fmt: skip
+_POINTWISE = (
+    aten._to_copy.default, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar,
+)  # fmt: skip
 _NO_AXES = (aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
 
 
@@ -116,7 +119,7 @@ def _by_swaps(build: Builder, x: fx.Node, sizes: list[Any], places: list[int]) -
 def elementwise_on_merged_axes(build: Builder, node: fx.Node) -> fx.Node | None:
     """An elementwise operator -> on axes merged wherever no operand broadcasts differently."""
     pointwise = isinstance(node.target, torch._ops.OpOverload) and (
-        torch.Tag.pointwise in node.target.tags or node.target is aten._to_copy.default
+        torch.Tag.pointwise in node.target.tags or node.target in _POINTWISE
     )
     if not pointwise or not is_deep(node):
         return None
@@ -258,7 +261,24 @@ def linear_on_rows(build: Builder, node: fx.Node) -> fx.Node | None:
     return build.reshape(build(node.target, rows, *node.args[1:]), build.sizes(node))
 
 
+def last_axes_on_rows(build: Builder, node: fx.Node) -> fx.Node | None:
+    """layer_norm and pad of the last n axes -> on [rows, those axes]."""
+    if node.target not in (aten.layer_norm.default, aten.pad.default, aten.constant_pad_nd.default):
+        return None
+    if not is_deep(node):
+        return None
+    x, listed = source(node), node.args[1]
+    assert isinstance(listed, list | tuple)
+    count = len(listed) if node.target is aten.layer_norm.default else len(listed) // 2
+    if count >= LIMIT:
+        return None
+    sizes = build.sizes(x)
+    rows = build.reshape(x, [product(build, sizes[:-count]), *sizes[-count:]])
+    return build.reshape(build(node.target, rows, *node.args[1:]), build.sizes(node))
+
+
 RULES: tuple[Legalizer, ...] = (
     new_axes_by_reshape, permute_by_swaps, elementwise_on_merged_axes, expand_on_merged_axes,
     one_axis_of_three, joined_at_rank_three, matrices_in_one_batch, linear_on_rows,
+    last_axes_on_rows,
 )  # fmt: skip

@@ -13,6 +13,7 @@ from resplice.backends.coreml.legalize.values import argument, aten, cast, dtype
 from resplice.backends.legal import Legalizer
 
 _END = torch.iinfo(torch.int64).max
+_DEEPEST = 5
 
 
 def permute_by_equation(build: Builder, node: fx.Node) -> fx.Node | None:
@@ -69,13 +70,13 @@ def chunks_by_split(build: Builder, node: fx.Node) -> fx.Node | None:
     if node.target not in (aten.chunk.default, aten.split.Tensor):
         return None
     sizes = [part.shape[int(argument(node, "dim") or 0)] for part in node.meta["val"]]
-    if not all(isinstance(size, int) for size in sizes):
+    if not all(isinstance(size, int) for size in sizes) or rank(source(node)) > _DEEPEST:
         return None
     return build(aten.split_with_sizes.default, node.args[0], sizes, argument(node, "dim") or 0)
 
 
 def parts_by_slices(build: Builder, node: fx.Node) -> fx.Node | None:
-    """getitem(split(x, s, d), i) with dynamic sizes -> slice(x, d, start, end)."""
+    """getitem(split(x, s, d), i) with dynamic sizes or many axes -> slice(x, d, start, end)."""
     if node.target is not operator.getitem:
         return None
     parts = source(node)
@@ -85,7 +86,7 @@ def parts_by_slices(build: Builder, node: fx.Node) -> fx.Node | None:
         return None
     axis, index = int(argument(parts, "dim") or 0), int(node.args[1])  # type: ignore[arg-type]  # an int by construction
     sizes = [part.shape[axis] for part in parts.meta["val"]]
-    if all(isinstance(size, int) for size in sizes):
+    if all(isinstance(size, int) for size in sizes) and rank(source(parts)) <= _DEEPEST:
         return None
     start: Any = 0
     for place in range(index):

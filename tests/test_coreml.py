@@ -105,8 +105,8 @@ def test_ranges_and_enumerated_shapes(program: Program, tmp_path: Path) -> None:
     assert relative(program.run({"x": x})[0], listed.run({"x": x})["output"]) <= FP32_BAR
     with pytest.raises(InputError, match="declared is"):
         listed.run({"x": torch.randn(6, 32)})
+    wrong = CoremlOptions(shapes={"x": ((2, 31),)})
     with pytest.raises(UsageError, match="does not fit input x"):
-        wrong = CoremlOptions(shapes={"x": ((2, 31),)})
         CoremlBackend().lower(program, tmp_path / "wrong.mlpackage", wrong)
 
 

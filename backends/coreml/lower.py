@@ -20,6 +20,7 @@ from resplice.backends.coreml.refusals import refuse_impossible
 from resplice.backends.coreml.widths import one_float_width
 from resplice.backends.legal import Legalizer, legalize
 from resplice.backends.lowering import lower_ops
+from resplice.errors import LoweringError, PassError, VerifyError
 from resplice.exported import decompose, lift, unlift
 from resplice.normal import normalize
 from resplice.program import Program
@@ -63,7 +64,10 @@ def lower_program(
     if references:
         _decompose(draft, references)
     settle_inputs(draft)
-    legalized = _legalize(draft, options, rules)
+    try:
+        legalized = _legalize(draft, options, rules)
+    except (PassError, VerifyError) as error:
+        raise LoweringError("coreml", [error.what], where=error.where) from error
     settle_outputs(draft)
     draft.drop_unused_weights()
     draft.module.recompile()
@@ -85,7 +89,10 @@ def _legalize(
         table = _decompositions(draft)
         if not table:
             break
-        _decompose(draft, table)
+        try:
+            _decompose(draft, table)
+        except RecursionError:  # a definition in terms of itself: refused by name afterwards
+            break
     return {rule: count for rule, count in counts.items() if count}
 
 

@@ -226,7 +226,8 @@ def _rounded_division(build: Builder, node: fx.Node, mode: str) -> fx.Node | Non
         wide[0] = build(aten.full_like.default, wide[1], float(wide[0]))
     ratio = build(aten.div.Tensor, *wide)
     whole = build(aten.floor.default if mode == "floor" else aten.trunc.default, ratio)
-    return cast(build, whole, result)
+    rounded: fx.Node = cast(build, whole, result)
+    return rounded
 
 
 def remainder_by_floor(build: Builder, node: fx.Node) -> fx.Node | None:

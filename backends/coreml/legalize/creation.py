@@ -55,10 +55,12 @@ def count_by_constant(build: Builder, node: fx.Node) -> fx.Node | None:
     ):  # fmt: skip
         return None
     if len(numbers) == len(node.args):
-        value = node.target(*node.args, dtype=found.dtype)  # type: ignore[operator]  # an overload
+        make: Any = node.target
+        value = make(*node.args, dtype=found.dtype)
         return build.constant(f"coreml.{node.name}", value)
     if found.dtype not in (torch.int64, torch.int32):
-        return cast(build, build(node.target, *node.args), found.dtype)
+        counted: fx.Node = cast(build, build(node.target, *node.args), found.dtype)
+        return counted
     return build(node.target, *node.args) if node.kwargs else None
 
 

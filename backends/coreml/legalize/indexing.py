@@ -198,5 +198,6 @@ def gather_rows(build: Builder, node: fx.Node) -> fx.Node | None:
 
 
 RULES: tuple[Legalizer, ...] = (
-    indices_from_the_front, masks_read_as_integers, fill_at_index, add_at_index, scatter_with_reduction, gather_alike, gather_rows,
+    indices_from_the_front, masks_read_as_integers, fill_at_index, add_at_index,
+    scatter_with_reduction, gather_alike, gather_rows,
 )  # fmt: skip

@@ -86,7 +86,9 @@ def _one_of_full_size(
     build: Builder, node: fx.Node, chosen: Any, other: Any
 ) -> tuple[tuple[str, Any], tuple[str, Any]]:
     """MIL gives the result the common shape of `a` and `b`, whatever the condition's is."""
-    full = [isinstance(v, fx.Node) and same_shape(fake(v), fake(node)) for v in (chosen, other)]
+    whole = node.meta["val"]
+    found = [fake(value) for value in (chosen, other)]
+    full = [value is not None and same_shape(value, whole) for value in found]
     if not any(full):
         sizes = build.sizes(node)
         if isinstance(chosen, fx.Node):

@@ -101,7 +101,7 @@ def spread_by_moments(build: Builder, node: fx.Node) -> fx.Node | None:
 
 def moments_apart(build: Builder, node: fx.Node) -> fx.Node | None:
     """getitem(var_mean(x, d), i) -> var(x, d) or mean(x, d);  std_mean alike."""
-    pairs = {
+    pairs: dict[Any, Any] = {
         aten.var_mean.correction: aten.var.correction, aten.var_mean.dim: aten.var.dim,
         aten.std_mean.correction: aten.std.correction, aten.std_mean.dim: aten.std.dim,
     }  # fmt: skip

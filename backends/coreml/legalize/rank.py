@@ -194,7 +194,8 @@ def one_axis_of_three(build: Builder, node: fx.Node) -> fx.Node | None:
     sizes, low, high = build.sizes(x), min(axes), max(axes) + 1
     view = [product(build, part) for part in (sizes[:low], sizes[low:high], sizes[high:])]
     small = build.reshape(x, view)
-    index = [a.name for a in node.target._schema.arguments].index(_ALONG[node.target])  # type: ignore[union-attr]  # an overload, as it is a key of the table
+    names = [a.name for a in node.target._schema.arguments]
+    index = names.index(_ALONG[node.target])
     args = list(node.args)
     args[0], args[index] = small, [1] if isinstance(asked, list | tuple) else 1
     return build.reshape(build(node.target, *args, **node.kwargs), build.sizes(node))

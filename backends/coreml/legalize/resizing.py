@@ -20,7 +20,7 @@ _SEPARABLE = {
 
 
 def resize_by_matrices(build: Builder, node: fx.Node) -> fx.Node | None:
-    """upsample(x: [b,c,h,w]) -> A_h x A_w^T with constant matrices; separable kinds, fixed sizes."""
+    """upsample(x: [b,c,h,w]) -> A_h x A_w^T with constant matrices, for fixed sizes."""
     if node.target not in _SEPARABLE:
         return None
     x = source(node)

@@ -240,6 +240,7 @@ def strided_writes(build: Builder, node: fx.Node) -> fx.Node | None:
 
 
 RULES: tuple[Legalizer, ...] = (
-    permute_by_equation, one_reshape, drop_idle_squeeze, pad_in_floats, parts_by_slices, chunks_by_split, expand_to_sizes, repeat_each, expand_booleans,
-    one_dtype_in_lists, scatter_by_cat, strided_writes,
+    permute_by_equation, one_reshape, drop_idle_squeeze, pad_in_floats, parts_by_slices,
+    chunks_by_split, expand_to_sizes, repeat_each, expand_booleans, one_dtype_in_lists,
+    scatter_by_cat, strided_writes,
 )  # fmt: skip

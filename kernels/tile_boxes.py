@@ -83,7 +83,8 @@ def part(x: Tensor, span: Span) -> Tensor:
 
 def on_canvas(x: Tensor, problem: Problem) -> Tensor:
     """The image rows on their canvas: [B,heads,S,D] -> [B,heads,T,H,W,D], a view."""
-    return part(x, problem.image(x)).unflatten(2, problem.canvas)
+    found: Tensor = part(x, problem.image(x)).unflatten(2, problem.canvas)
+    return found
 
 
 def query_boxes(x: Tensor, boxes: Boxes) -> Tensor:
@@ -105,7 +106,8 @@ def _boxes(x: Tensor, sides: list[tuple[Span, int, int]]) -> Tensor:
 
 def gather_queries(x: Tensor, boxes: Boxes, problem: Problem) -> Tensor:
     """[B,heads,S,D] -> [boxes * B, heads, tokens, D], a copy."""
-    return query_boxes(on_canvas(x, problem), boxes).flatten(5, 7).flatten(0, 3)
+    found: Tensor = query_boxes(on_canvas(x, problem), boxes).flatten(5, 7).flatten(0, 3)
+    return found
 
 
 def gather_keys(x: Tensor, boxes: Boxes, problem: Problem) -> Tensor:
@@ -118,13 +120,17 @@ def gather_keys(x: Tensor, boxes: Boxes, problem: Problem) -> Tensor:
     return out.flatten(0, 3)
 
 
+Inputs = tuple[Tensor, Tensor, Tensor]
+"""Query, key and value."""
+
+
 def gather(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, boxes: Boxes, problem: Problem
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Queries, keys, values and mask of some boxes."""
-    keys, values = (gather_keys(x, boxes, problem) for x in (k, v))
+    inputs: Inputs, mask: Tensor | None, boxes: Boxes, problem: Problem
+) -> tuple[Inputs, Tensor | None]:
+    """Query, key, value and mask of some boxes."""
+    keys, values = (gather_keys(x, boxes, problem) for x in inputs[1:])
     chosen = None if mask is None else gather_keys(mask.mT, boxes, problem).mT
-    return gather_queries(q, boxes, problem), keys, values, chosen
+    return (gather_queries(inputs[0], boxes, problem), keys, values), chosen
 
 
 def box_attention(
@@ -142,8 +148,8 @@ def box_attention(
     """
     results = on_canvas(out, problem)
     for boxes in problem.boxes(k):
-        *inputs, chosen = gather(q, k, v, mask, boxes, problem)
-        found = attend(*inputs, attn_mask=chosen, scale=problem.scale)
+        (queries, keys, values), chosen = gather((q, k, v), mask, boxes, problem)
+        found = attend(queries, keys, values, attn_mask=chosen, scale=problem.scale)
         target = query_boxes(results, boxes)
         target.copy_(found.reshape(target.shape))
     text = problem.text(q)
@@ -153,11 +159,11 @@ def box_attention(
 
 
 def box_gradients(
-    inputs: tuple[Tensor, Tensor, Tensor],
+    inputs: Inputs,
     mask: Tensor | None,
     problem: Problem,
     grad: Tensor,
-    results: tuple[Tensor, Tensor, Tensor],
+    results: Inputs,
 ) -> None:
     """Add the gradients of `box_attention` to `results`, box by box; nothing was kept for it.
 
@@ -170,7 +176,7 @@ def box_gradients(
     """
     canvases = [on_canvas(x, problem) for x in results]
     for boxes in problem.boxes(inputs[1]):
-        *gathered, chosen = gather(*inputs, mask, boxes, problem)
+        gathered, chosen = gather(inputs, mask, boxes, problem)
         wanted = gather_queries(grad, boxes, problem)
         dq, dk, dv = _gradients(gathered, chosen, problem.scale, wanted)
         for found, result, canvas in zip((dq, dk, dv), results, canvases, strict=True):
@@ -179,19 +185,19 @@ def box_gradients(
             _add(found, canvas, words, boxes, spans)
     text = problem.text(inputs[0])
     if text.length:
-        words = [part(inputs[0], text), *inputs[1:]]
-        found = _gradients(words, mask, problem.scale, part(grad, text))
-        for target, value in zip([part(results[0], text), *results[1:]], found, strict=True):
-            target.add_(value)
+        words = (part(inputs[0], text), inputs[1], inputs[2])
+        targets = [part(results[0], text), *results[1:]]
+        sums = _gradients(words, mask, problem.scale, part(grad, text))
+        for result, value in zip(targets, sums, strict=True):
+            result.add_(value)
 
 
 def _gradients(
-    inputs: Sequence[Tensor], mask: Tensor | None, scale: float | None, grad: Tensor
+    inputs: Inputs, mask: Tensor | None, scale: float | None, grad: Tensor
 ) -> tuple[Tensor, ...]:
     with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        result = attend(*leaves, attn_mask=mask, scale=scale)
-        return torch.autograd.grad(result, leaves, grad)
+        q, k, v = (x.detach().requires_grad_() for x in inputs)
+        return torch.autograd.grad(attend(q, k, v, attn_mask=mask, scale=scale), (q, k, v), grad)
 
 
 def _add(

@@ -176,13 +176,13 @@ def box_gradients(
     """
     canvases = [on_canvas(x, problem) for x in results]
     for boxes in problem.boxes(inputs[1]):
-        gathered, chosen = gather(inputs, mask, boxes, problem)
+        gathered, keys = gather(inputs, mask, boxes, problem)
         wanted = gather_queries(grad, boxes, problem)
-        dq, dk, dv = _gradients(gathered, chosen, problem.scale, wanted)
+        dq, dk, dv = _gradients(gathered, keys, problem.scale, wanted)
         for found, result, canvas in zip((dq, dk, dv), results, canvases, strict=True):
             spans = [run.query if found is dq else run.key for run in boxes]
-            words = None if found is dq else part(result, problem.text(result))
-            _add(found, canvas, words, boxes, spans)
+            others = None if found is dq else part(result, problem.text(result))
+            _add(found, canvas, others, boxes, spans)
     text = problem.text(inputs[0])
     if text.length:
         words = (part(inputs[0], text), inputs[1], inputs[2])

@@ -258,9 +258,9 @@ def regrouped(before: Sequence[Size], axes: Sequence[Axis], after: Sequence[Size
     while left and right:
         taken, given = [left.pop(0)], [right.pop(0)]
         while not _same(a := _size(before, taken), b := _size(after, given)):
-            if left and statically_known_true(a < b):
+            if left and _hint(a) < _hint(b):
                 taken.append(left.pop(0))
-            elif right and statically_known_true(b < a):
+            elif right and _hint(b) < _hint(a):
                 given.append(right.pop(0))
             else:
                 return result
@@ -272,6 +272,13 @@ def regrouped(before: Sequence[Size], axes: Sequence[Axis], after: Sequence[Size
 
 def _size(sizes: Sequence[Size], chosen: Sequence[int]) -> Size:
     return math.prod(sizes[i] for i in chosen)
+
+
+def _hint(size: Size) -> int:
+    """The size in the sample; only says which group to extend, equality is proved."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.has_hint() else 0
 
 
 def _dealt(axes: list[Axis], sizes: list[Size]) -> list[Axis | None]:

@@ -91,6 +91,7 @@ def find_sites(program: Program, canvas: Sequence[int] = ()) -> Sites:
     target = aten.scaled_dot_product_attention.default
     for node in program.graph.find_nodes(op="call_function", target=target):
         try:
+            _refuse_dynamic(program, node, axes)
             place = _place(node, axes, tuple(canvas))
             layer += 1
             result.found.append(_site(program, node, layer - 1, place))
@@ -113,8 +114,6 @@ def _place(node: fx.Node, axes: dict[fx.Node, list[Axis]], canvas: tuple[int, ..
     if any(len(shape) != 4 for shape in shapes):
         raise _Refused("it has no [batch, heads, tokens, channels] operands")
     lengths = [shape[2] for shape in shapes]
-    if any(not isinstance(length, int) for length in lengths):
-        _refuse_dynamic(axes[q][2], lengths)
     if len(set(lengths)) > 1:
         raise _Refused(f"cross-attention: {lengths[0]} queries, {lengths[1]} keys")
     number = _canvas_segment(axes[q], canvas)
@@ -130,18 +129,23 @@ def _place(node: fx.Node, axes: dict[fx.Node, list[Axis]], canvas: tuple[int, ..
     return _Place((t, h, w), int(before + after), bool(before))
 
 
-def _refuse_dynamic(axis: Axis, lengths: Sequence[Any]) -> None:
-    moving = [
-        f"axis {atom.axis} of {atom.source}"
-        for segment in axis
-        for atom in segment
-        if not isinstance(atom.size, int)
-    ]
+def _refuse_dynamic(program: Program, node: fx.Node, axes: dict[fx.Node, list[Axis]]) -> None:
+    q, k = (n for n in node.args[:2] if isinstance(n, fx.Node))
+    length, keys = program.shape(q)[-2], program.shape(k)[-2]
+    if isinstance(length, int) and isinstance(keys, int):
+        return
+    if length != keys:
+        raise _Refused(f"cross-attention: {length} queries, {keys} keys")
+    moving = [f"axis {a.axis} of {a.source}" for a in _atoms(axes[q][-2]) if not _fixed(a.size)]
     where = f" ({', '.join(moving)})" if moving else ""
     raise _Refused(
-        f"its number of tokens is dynamic: {lengths[0]}{where}; tiles need a fixed grid, so "
+        f"its number of tokens is dynamic: {length}{where}; tiles need a fixed grid, so "
         "capture one program per resolution, with these axes fixed"
     )
+
+
+def _fixed(size: Any) -> bool:
+    return isinstance(size, int)
 
 
 def _canvas_segment(axes: Sequence[Axis], canvas: tuple[int, ...]) -> int:

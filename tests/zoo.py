@@ -729,7 +729,14 @@ _video(
     dynamic_shapes=_FIXED_GRID_SHAPES,
     static_note="video size: the rotary table is computed from it in Python",
 )
-_video("cosmos", _cosmos, make_inputs=_cosmos_inputs)
+_video(
+    "cosmos",
+    _cosmos,
+    make_inputs=_cosmos_inputs,
+    second={"batch": 3, "text": 9},
+    dynamic_shapes=_FIXED_GRID_SHAPES,
+    static_note="video size: positions are computed from it with numpy",
+)
 _video(
     "ltx",
     _ltx,

@@ -213,9 +213,14 @@ def _shortened(axis: Axis, size: Size) -> Axis | None:
 
 
 def _expand(node: fx.Node, value: torch.Tensor, found: Known) -> Found:
-    return [
-        _joined([_node(node.args[0])], i - value.dim(), value, found) for i in range(value.dim())
-    ]
+    """An axis of size 1 that is spread holds one value everywhere, so its order says nothing."""
+    source = _node(node.args[0])
+    axes = [_joined([source], i - value.dim(), value, found) for i in range(value.dim())]
+    shape = [1] * (value.dim() - len(source.meta["val"].shape)) + list(source.meta["val"].shape)
+    for i, size in enumerate(shape):
+        if axes[i] is None and _same(size, 1):
+            axes[i] = _single(Atom(node.name, i, value.shape[i], origin="constant"))
+    return axes
 
 
 def _reduce(node: fx.Node, value: torch.Tensor, found: Known) -> Found:

@@ -2,5 +2,6 @@
 
 from resplice.kernels.hadamard import hadamard
 from resplice.kernels.quant_linear import quant_linear
+from resplice.kernels.tile_attention import tile_attention
 
-__all__ = ["hadamard", "quant_linear"]
+__all__ = ["hadamard", "quant_linear", "tile_attention"]

@@ -27,6 +27,7 @@ CASES = [(op, sample) for op in OPS.values() if op.samples for sample in op.samp
 GOOD = [case for case in CASES if not case[1].refused]
 BAD = [case for case in CASES if case[1].refused]
 TRAINED = [case for case in GOOD if case[1].grad]
+ROW_BY_ROW = [case for case in GOOD if case[0].name in ("hadamard", "quant_linear")]
 
 
 def each(cases: list[tuple[Op, OpSample]]) -> Any:
@@ -115,7 +116,7 @@ def test_inputs_that_are_not_contiguous_give_the_same(op: Op, sample: OpSample) 
     assert torch.equal(op(strided, *rest), op(x, *rest))
 
 
-@each(GOOD)
+@each(ROW_BY_ROW)
 def test_leading_axes_do_not_matter(op: Op, sample: OpSample) -> None:
     x, *rest = sample.args
     whole = op(x, *rest)
@@ -176,7 +177,7 @@ def test_the_op_survives_capture(op: Op, sample: OpSample) -> None:
     assert torch.equal(program(sample.args[0])[0], op(*sample.args))
 
 
-DYNAMIC = [case for case in GOOD if all(size > 1 for size in case[1].args[0].shape)]
+DYNAMIC = [case for case in ROW_BY_ROW if all(size > 1 for size in case[1].args[0].shape)]
 
 
 @each(DYNAMIC)

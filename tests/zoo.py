@@ -441,20 +441,29 @@ def _video(name: str, build: Callable[[], nn.Module], **changes: Any) -> None:
 def _wan() -> nn.Module:
     from diffusers import WanTransformer3DModel
 
-    return WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        text_dim=TEXT_WIDTH,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=2,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-        rope_max_seq_len=32,
-    )
+    return WanTransformer3DModel(**_WAN)
+
+
+def _skyreels() -> nn.Module:
+    from diffusers import SkyReelsV2Transformer3DModel
+
+    return SkyReelsV2Transformer3DModel(**_WAN)
+
+
+_WAN: dict[str, Any] = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": LATENT_CHANNELS,
+    "out_channels": LATENT_CHANNELS,
+    "text_dim": TEXT_WIDTH,
+    "freq_dim": 32,
+    "ffn_dim": 32,
+    "num_layers": 2,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 32,
+}
 
 
 def _ltx() -> nn.Module:
@@ -610,6 +619,48 @@ def _allegro_rotary(frames: int, rows: int, columns: int) -> tuple[Any, Any]:
     return tuple(tables), tuple(positions[None].contiguous() for positions in tokens.unbind(1))
 
 
+def _easyanimate() -> nn.Module:
+    from diffusers import EasyAnimateTransformer3DModel
+
+    return EasyAnimateTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        time_embed_dim=8,
+        text_embed_dim=TEXT_WIDTH,
+        num_layers=1,
+        mmdit_layers=1,
+        sample_width=8,
+        sample_height=8,
+        patch_size=2,
+        text_embed_dim_t5=None,
+    )
+
+
+def _cosmos() -> nn.Module:
+    from diffusers import CosmosTransformer3DModel
+
+    return CosmosTransformer3DModel(
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=2,
+        mlp_ratio=2.0,
+        text_embed_dim=TEXT_WIDTH,
+        adaln_lora_dim=4,
+        max_size=(8, 32, 32),
+        patch_size=(1, 2, 2),
+        concat_padding_mask=False,
+    )
+
+
+def _cosmos_inputs(sizes: Sizes) -> Inputs:
+    args, kwargs = _video_inputs(sizes)
+    return args, {**kwargs, "timestep": torch.rand(sizes["batch"])}
+
+
 def _cogvideox(rotary: bool) -> nn.Module:
     from diffusers import CogVideoXTransformer3DModel
 
@@ -670,6 +721,22 @@ _FIXED_GRID_SHAPES: DynamicShapes = {
 _TOKENS = "frames*rows*columns"
 
 _video("wan", _wan)
+_video("skyreels", _skyreels)
+_video(
+    "easyanimate",
+    _easyanimate,
+    second={"batch": 3, "text": 9},
+    dynamic_shapes=_FIXED_GRID_SHAPES,
+    static_note="video size: the rotary table is computed from it in Python",
+)
+_video(
+    "cosmos",
+    _cosmos,
+    make_inputs=_cosmos_inputs,
+    second={"batch": 3, "text": 9},
+    dynamic_shapes=_FIXED_GRID_SHAPES,
+    static_note="video size: positions are computed from it with numpy",
+)
 _video(
     "ltx",
     _ltx,

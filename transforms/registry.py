@@ -22,6 +22,7 @@ PASSES = {
     "dce": "resplice.passes.dce:Dce",
     "fold": "resplice.passes.fold:Fold",
     "quest": "resplice.passes.quest:Quest",
+    "sta": "resplice.passes.sta:Sta",
 }
 BACKENDS = {
     "coreml": "resplice.backends.coreml:CoremlBackend",

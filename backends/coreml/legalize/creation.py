@@ -35,10 +35,9 @@ def fill_with_value(build: Builder, node: fx.Node) -> fx.Node | None:
     assert kind is not None
     if isinstance(value, fx.Node):
         return build(aten.expand.default, cast(build, value, kind), build.sizes(node))
-    one = build.constant(
-        f"coreml.{str(kind).removeprefix('torch.')}_{value}".replace("-", "minus_"),
-        torch.tensor(value, dtype=kind),
-    )
+    text = str(value).replace("-", "minus_").replace(".", "_")
+    name = f"coreml.{str(kind).removeprefix('torch.')}_{text}"
+    one = build.constant(name, torch.tensor(value, dtype=kind))
     sizes = build.sizes(node)
     return build(aten.expand.default, one, sizes) if sizes else build(aten.clone.default, one)
 

@@ -212,6 +212,15 @@ def _shortened(axis: Axis, size: Size) -> Axis | None:
     return ((replace(axis[0][0], size=size, step=1),),)
 
 
+def _pad(node: fx.Node, value: torch.Tensor, found: Known) -> Found:
+    """An axis that gets more positions at its ends is still the same axis."""
+    source, before = found[_node(node.args[0])], _node(node.args[0]).meta["val"].shape
+    return [
+        axis if _same(old, new) else _shortened(axis, new)
+        for axis, old, new in zip(source, before, value.shape, strict=True)
+    ]
+
+
 def _expand(node: fx.Node, value: torch.Tensor, found: Known) -> Found:
     """An axis of size 1 that is spread holds one value everywhere, so its order says nothing."""
     source = _node(node.args[0])
@@ -450,7 +459,8 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("aten::conv2d", "aten::conv3d", "aten::convolution"), _convolution),
     **dict.fromkeys(
         ("aten::reshape", "aten::view", "aten::flatten", "aten::unflatten", "aten::squeeze",
-         "aten::unsqueeze", "aten::_unsafe_view"), _regroup),
+         "aten::unsqueeze", "aten::_unsafe_view", "aten::view_as"), _regroup),
+    **dict.fromkeys(("aten::pad", "aten::constant_pad_nd"), _pad),
     **dict.fromkeys(("aten::cat", "aten::concat"), _cat),
     **dict.fromkeys(("aten::transpose", "aten::t"), _transpose),
     **dict.fromkeys(("aten::slice_scatter", "aten::select_scatter"), _scatter),

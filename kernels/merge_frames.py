@@ -102,6 +102,19 @@ def _fast_merge(x: Tensor, dim: int, frames: int, inner: int, pair: int) -> Tens
     return result.reshape(_resized(x, place, frames, group_count(frames, pair)))
 
 
+def _fast_unmerge(x: Tensor, dim: int, frames: int, inner: int, pair: int) -> Tensor:
+    """Written once, without the frames that would be cut off."""
+    place, count = dim % x.dim(), group_count(frames, pair)
+    width = inner * math.prod(x.shape[place + 1 :])
+    split = x.reshape(-1, count, width)
+    result = x.new_empty(_resized(x, place, count, frames))
+    spread = result.view(-1, frames, width)
+    for first in range(min(pair, frames)):
+        part = spread[:, first::pair]
+        part.copy_(split[:, : part.shape[1]])
+    return result
+
+
 @op(
     "merge_frames(Tensor x, int dim, int frames, int inner, int pair) -> Tensor",
     verify=_verifier("merge_frames", merged=False),
@@ -140,6 +153,7 @@ def merge_frames(x: Tensor, dim: int, frames: int, inner: int, pair: int) -> Ten
     verify=_verifier("unmerge_frames", merged=True),
     cost=_unmerge_cost,
     fake=_unmerged_shape,
+    fast=_fast_unmerge,
     samples=lambda: _samples(group_count),
 )
 def unmerge_frames(x: Tensor, dim: int, frames: int, inner: int, pair: int) -> Tensor:
@@ -161,7 +175,7 @@ def unmerge_frames(x: Tensor, dim: int, frames: int, inner: int, pair: int) -> T
     place, count = dim % x.dim(), group_count(frames, pair)
     split = x.reshape(-1, count, 1, inner * math.prod(x.shape[place + 1 :]))
     spread = split.expand(-1, -1, pair, -1).flatten(1, 2)[:, :frames]
-    return spread.reshape(_resized(x, place, count, frames)).contiguous()
+    return spread.reshape(_resized(x, place, count, frames)).clone()
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

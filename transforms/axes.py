@@ -445,6 +445,34 @@ def _repeat_interleave(node: fx.Node, value: torch.Tensor, found: Known) -> Foun
     return axes
 
 
+def _merge_frames(node: fx.Node, value: torch.Tensor, found: Known) -> Found:
+    """Every so many positions of the frames' atom are one."""
+    return _restepped(node, value, found, merged=True)
+
+
+def _unmerge_frames(node: fx.Node, value: torch.Tensor, found: Known) -> Found:
+    return _restepped(node, value, found, merged=False)
+
+
+def _restepped(node: fx.Node, value: torch.Tensor, found: Known, merged: bool) -> Found:
+    axes: list[Axis | None] = list(found[_node(node.args[0])])
+    dim, frames, inner, pair = (argument(node, n) for n in ("dim", "frames", "inner", "pair"))
+    count = -(-frames // pair)
+    old, new = (frames, count) if merged else (count, frames)
+    axis = axes[dim]
+    axes[dim] = None
+    if axis is None or len(axis) != 1:
+        return axes
+    if old == 1:
+        return list(found[_node(node.args[0])]) if new == 1 else axes
+    for i, atom in enumerate(axis[0]):
+        if _same(atom.size, old) and _same(size_of(axis[0][i + 1 :]), inner):
+            step = atom.step * pair if merged else max(atom.step // pair, 1)
+            own = () if new == 1 else (replace(atom, size=new, step=step),)
+            axes[dim] = ((*axis[0][:i], *own, *axis[0][i + 1 :]),)
+    return axes
+
+
 _BLANK = ("aten::empty_like", "aten::zeros_like", "aten::ones_like", "aten::full_like",
           "aten::new_zeros", "aten::new_ones", "aten::new_empty", "aten::new_full")  # fmt: skip
 _CUTS = ("aten::split", "aten::split_with_sizes", "aten::chunk", "aten::unbind")
@@ -466,6 +494,8 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("aten::slice_scatter", "aten::select_scatter"), _scatter),
     **dict.fromkeys(("aten::expand", "aten::expand_as", "aten::repeat"), _expand),
     "aten::repeat_interleave": _repeat_interleave,
+    "resplice::merge_frames": _merge_frames, "resplice::unmerge_frames": _unmerge_frames,
+    "resplice::quant_linear": _same_but_last, "resplice::hadamard": _as_first,
     **dict.fromkeys(("aten::mean", "aten::sum"), _reduce),
     "aten::matmul": _matmul, "aten::permute": _permute, "aten::stack": _stack,
     "aten::slice": _slice, "aten::select": _select, "aten::outer": _outer,

@@ -20,9 +20,12 @@ class Builder:
     `build(torch.ops.aten.add.Tensor, x, y)` adds a call; `build.weight(name, tensor)` a constant.
     """
 
-    def __init__(self, program: Program, before: fx.Node, made_by: str = "") -> None:
-        """Build into `program`, right before `before`."""
+    def __init__(
+        self, program: Program, before: fx.Node, made_by: str = "", of: fx.Node | None = None
+    ) -> None:
+        """Build into `program`, right before `before`, for what `of` (by default it) computed."""
         self.program, self.before, self.made_by = program, before, made_by
+        self.of = before if of is None else of
         self.made: list[fx.Node] = []
 
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -79,7 +82,7 @@ class Builder:
 
     def _finish(self, node: fx.Node) -> fx.Node:
         infer_node(self.program, node)
-        inherit(node, self.before, self.made_by)
+        inherit(node, self.of, self.made_by)
         self.made.append(node)
         return node
 

@@ -147,10 +147,10 @@ class Rebuild:
             (node.args, node.kwargs), lambda n: mapping.get(n, n)
         )
         args = tuple(_resized(self.beside(node), node, args, frames, few))
-        target = node.target
-        if target in _RESHAPES:
+        if node.target in _RESHAPES:
             return self.beside(node)(aten.reshape.default, args[0], args[1])
-        return self.beside(node)(target, *args, **kwargs)
+        kwargs = {k: v for k, v in kwargs.items() if k != "output_size"}
+        return self.beside(node)(node.target, *args, **kwargs)
 
     def _operand(self, node: fx.Node, frames: Frames) -> fx.Node:
         if (node, *frames.key()) in self.copies or is_computed(node, frames):

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from resplice.axes import Atom, Axis, axes_of, size_of
+from resplice.axes import Atom, Axis, Segment, axes_of, size_of
 from resplice.origin import module_path
 from resplice.passes.tdtm.frames import Frames, Refused, frames_in, same, shape_of
 from resplice.pattern import argument
@@ -106,7 +106,7 @@ def _located(
     if len(places) != 1 or places[0].axis == -1:
         raise Refused("its frames are spread over several axes")
     queries = places[0]
-    own = _same_tokens(axes[q], axes[k], axes[v])
+    own = _same_tokens(axes[q], axes[k], axes[v], mark)
     kind: Kind = "cross" if not own else "spatial" if queries.axis != -2 else (
         "joint" if rest else "temporal"
     )  # fmt: skip
@@ -125,12 +125,24 @@ def _key_frames(queries: Frames, own: bool, q: fx.Node, k: fx.Node) -> Frames | 
     return queries
 
 
-def _same_tokens(q: Sequence[Axis], k: Sequence[Axis], v: Sequence[Axis]) -> bool:
-    """Whether keys are the tokens that ask; positions may say more of them than of the values."""
-    plain = all(len(segment) == 1 for segment in v[-2])
-    return q[-2] == k[-2] and (
-        v[-2] == q[-2] or (plain and _lengths(v[-2]) == _lengths(q[-2]))
+def _same_tokens(q: Sequence[Axis], k: Sequence[Axis], v: Sequence[Axis], mark: Mark) -> bool:
+    """Whether keys are the tokens that ask: the same video among as many other tokens.
+
+    Positions may say more of queries and keys than is known of the values.
+    """
+    tokens = q[-2]
+    if not _lengths(tokens) == _lengths(k[-2]) == _lengths(v[-2]):
+        return False
+    video = next((i for i, segment in enumerate(tokens) if _holds(segment, mark)), None)
+    if video is None:  # the frames are in the batch
+        return q[-2] == k[-2] == v[-2]
+    return tokens[video] == k[-2][video] and (
+        tokens[video] == v[-2][video] or len(v[-2][video]) == 1
     )
+
+
+def _holds(segment: Segment, mark: Mark) -> bool:
+    return any((atom.source, atom.axis) == mark for atom in segment)
 
 
 def _lengths(axis: Axis) -> list[Any]:

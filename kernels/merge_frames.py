@@ -19,6 +19,9 @@ from resplice.errors import OpError
 from resplice.ops import OpSample, op
 
 
+aten = torch.ops.aten
+
+
 def group_count(frames: int, pair: int) -> int:
     """Frames after merging: frames / pair, rounded up."""
     return -(-frames // pair)
@@ -205,3 +208,48 @@ def _unmerge_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 merge_frames.differentiate(_merge_backward, setup=_setup)
 unmerge_frames.differentiate(_unmerge_backward, setup=_setup)
+
+
+@merge_frames.lower("coreml")
+@merge_frames.lower("onnx")
+def _merge_by_mean(build: Any, x: Any, dim: int, frames: int, inner: int, pair: int) -> Any:
+    """Reshape to rank 4, mean, reshape."""
+    parts = _framed(build, x, dim, frames, inner)
+    if parts is None:
+        return None
+    split, width, sizes = parts
+    count = group_count(frames, pair)
+    missing = count * pair - frames
+    if missing:
+        last = build(aten.slice.Tensor, split, 1, frames - 1, frames)
+        split = build(aten.cat.default, [split, *([last] * missing)], 1)
+    groups = build.reshape(split, [-1, count, pair, width])
+    return build.reshape(build(aten.mean.dim, groups, [2]), sizes)
+
+
+@unmerge_frames.lower("coreml")
+@unmerge_frames.lower("onnx")
+def _unmerge_by_expand(build: Any, x: Any, dim: int, frames: int, inner: int, pair: int) -> Any:
+    """Reshape to rank 4, repeat, cut, reshape."""
+    count = group_count(frames, pair)
+    parts = _framed(build, x, dim, count, inner)
+    if parts is None:
+        return None
+    split, width, sizes = parts
+    groups = build(aten.unsqueeze.default, split, 2)
+    spread = build(aten.cat.default, [groups] * pair, 2) if pair > 1 else groups
+    flat = build.reshape(spread, [-1, count * pair, width])
+    if count * pair > frames:
+        flat = build(aten.slice.Tensor, flat, 1, 0, frames)
+    return build.reshape(flat, sizes)
+
+
+def _framed(build: Any, x: Any, dim: int, frames: int, inner: int) -> Any:
+    """[rows, frames, width], the width, and the sizes to come back to; None if it is dynamic."""
+    sizes = build.sizes(x)
+    place = dim % len(sizes)
+    if not all(isinstance(size, int) for size in sizes[place + 1 :]):
+        return None
+    width = inner * math.prod(sizes[place + 1 :])
+    back = [*sizes[:place], -1, *sizes[place + 1 :]]
+    return build.reshape(x, [-1, frames, width]), width, back

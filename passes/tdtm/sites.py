@@ -159,7 +159,9 @@ def _time(axes: Sequence[Axis]) -> tuple[Mark, int, bool]:
     if not tokens:
         raise Refused("it asks with one token")
     sources = {a.source for a in tokens if a.origin != "unknown"}
-    videos = {source: _axes_of(source, [*batch, *tokens]) for source in sources}
+    videos = {source: _axes_of(source, tokens) for source in sources}
+    if not any(len(ordered) == 3 for ordered in videos.values()):
+        videos = {source: _axes_of(source, [*batch, *tokens]) for source in sources}
     found = {s: ordered for s, ordered in videos.items() if len(ordered) == 3}
     if len(found) != 1:
         raise Refused(_no_video(tokens, batch, len(found)))

@@ -18,7 +18,6 @@ from resplice.cost import Cost
 from resplice.errors import OpError
 from resplice.ops import OpSample, op
 
-
 aten = torch.ops.aten
 
 
@@ -95,14 +94,16 @@ def _samples(frames_of: Any) -> Iterator[OpSample]:
 def _fast_merge(x: Tensor, dim: int, frames: int, inner: int, pair: int) -> Tensor:
     """Pairs by one addition of strided halves."""
     if pair != 2 or frames < 2:
-        return merge_frames.reference(x, dim, frames, inner, pair)  # type: ignore[no-any-return]
+        merged: Tensor = merge_frames.reference(x, dim, frames, inner, pair)
+        return merged
     place = dim % x.dim()
     split = x.reshape(-1, frames, inner * math.prod(x.shape[place + 1 :]))
     even = frames - frames % 2
     result = torch.add(split[:, 0:even:2], split[:, 1:even:2]).mul_(0.5)
     if frames % 2:
         result = torch.cat((result, split[:, -1:]), 1)
-    return result.reshape(_resized(x, place, frames, group_count(frames, pair)))
+    shaped: Tensor = result.reshape(_resized(x, place, frames, group_count(frames, pair)))
+    return shaped
 
 
 def _fast_unmerge(x: Tensor, dim: int, frames: int, inner: int, pair: int) -> Tensor:

@@ -127,7 +127,9 @@ class Wrapped:
         for dim, size in enumerate(value.shape):
             if self.form == "joint" and size == tokens:
                 value = value.narrow(dim, 0, kept)
-            elif value.dim() == 4 and dim == 3 and size > tokens:  # a mask: the video comes first, then the text
+            elif (
+                value.dim() == 4 and dim == 3 and size > tokens
+            ):  # a mask: the video comes first, then the text
                 text = value.narrow(dim, tokens, size - tokens)
                 value = torch.cat((value.narrow(dim, 0, kept), text), dim)
         return value

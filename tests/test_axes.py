@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import resplice
 from resplice.axes import Axis, axes_of, regrouped
+from resplice.kernels.merge_frames import merge_frames, unmerge_frames
 from resplice.pipeline import Pipeline
 
 
@@ -78,6 +79,13 @@ V = ["v0:2", "v1:3", "v2:4", "v3:6", "v4:10"]
         (lambda m, v, t: v.flip(3) * m.table[..., :10], ["?:2", "?:3", "?:4", "?:6", "?:10"]),
         (lambda m, v, t: v.mean(1, keepdim=True), ["v0:2", "1", "v2:4", "v3:6", "v4:10"]),
         (lambda m, v, t: v.mean((1, 2)), ["v0:2", "v3:6", "v4:10"]),
+        (lambda m, v, t: nn.functional.pad(v, (0, 1, 0, 0, 0, 2)),
+         ["v0:2", "v1:3", "v2:6", "v3:6", "v4:11"]),
+        (lambda m, v, t: v.flatten(0, 1).view_as(v), V),
+        (lambda m, v, t: merge_frames(v.flatten(2), 2, 4, 60, 2),
+         ["v0:2", "v1:3", "v2:2*v3:6*v4:10"]),
+        (lambda m, v, t: unmerge_frames(merge_frames(v.flatten(2), 2, 4, 60, 3), 2, 4, 60, 3),
+         ["v0:2", "v1:3", "v2:4*v3:6*v4:10"]),
         (lambda m, v, t: v[:, 1], ["v0:2", "v2:4", "v3:6", "v4:10"]),
         (lambda m, v, t: torch.zeros_like(v).slice_scatter(v[:, :1], 1, 0, 1),
          ["v0:2", "c:3", *V[2:]]),

@@ -132,7 +132,9 @@ def test_the_mlp_the_modulation_and_the_residual_keep_all_frames() -> None:
     assert [tuple(n.meta["val"].shape[:3]) for n in wide] == [(2, 4, 6)] * 2
     norms = [n for n in nodes if n.target is torch.ops.aten.layer_norm.default]
     assert {tuple(n.meta["val"].shape) for n in norms} == {(2, 4, 6, 24)}
-    attentions = [n for n in nodes if n.target is torch.ops.aten.scaled_dot_product_attention.default]
+    attentions = [
+        n for n in nodes if n.target is torch.ops.aten.scaled_dot_product_attention.default
+    ]
     assert [n.args[0].meta["val"].shape[-2] for n in attentions] == [6, 12, 2, 12]
 
 
@@ -376,7 +378,8 @@ def test_a_merged_key_is_open_if_one_of_its_frames_was(boolean: bool, frames: in
     few = h.shape[1]
     groups = [open_.unflatten(1, (frames, 6))[:, 2 * m : 2 * m + 2].any(1) for m in range(few)]
     q, k, v = (
-        f(h.flatten(1, 2)).unflatten(-1, (2, 4)).transpose(1, 2) for f in (model.q, model.k, model.v)
+        f(h.flatten(1, 2)).unflatten(-1, (2, 4)).transpose(1, 2)
+        for f in (model.q, model.k, model.v)
     )
     out = attend(q, k, v, torch.cat(groups, 1)[:, None, None])
     out = model.out(out.transpose(1, 2).flatten(2)).unflatten(1, (few, 6))

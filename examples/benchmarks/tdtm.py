@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from models.stdit3 import Block, Config  # noqa: E402  # the folder beside this one
+from models.stdit3 import Block, Config  # the folder beside this one
 
-import resplice  # noqa: E402
-from resplice.cost import program_cost  # noqa: E402
-from resplice.program import Program  # noqa: E402
+import resplice
+from resplice.cost import program_cost
+from resplice.program import Program
 
 VARIANTS = ("spatial", "temporal", "cross", "spatial,temporal,cross")
 

@@ -62,7 +62,7 @@ def waves(positions: Tensor, frequencies: Tensor, *, sine_first: bool) -> Tensor
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Rotary embedding of interleaved pairs, positions 0, 1, ... along axis -2; any shape [.,N,d]."""
+    """Rotary embedding of interleaved pairs, positions 0, 1, ... along axis -2 of [...,N,d]."""
     size = x.shape[-1]
     exponents = torch.arange(0, size, 2, dtype=x.dtype, device=x.device) / size
     angles = torch.arange(x.shape[-2], dtype=x.dtype, device=x.device)[:, None] * 10000**-exponents
@@ -140,7 +140,9 @@ class Block(nn.Module):
         if x_mask is None or t0 is None:
             return list(parts)
         still = (self.scale_shift_table + t0)[:, :, None, None].unbind(1)
-        return [torch.where(x_mask[:, :, None, None], a, b) for a, b in zip(parts, still, strict=True)]
+        return [
+            torch.where(x_mask[:, :, None, None], a, b) for a, b in zip(parts, still, strict=True)
+        ]
 
     def forward(
         self, x: Tensor, y: Tensor, mask: Tensor | None, modulation: list[Tensor]
@@ -212,7 +214,9 @@ class STDiT3(nn.Module):
         h = h.flatten(3).permute(0, 2, 3, 1) + self.positions(size, height * width, x.dtype)
         time = self.time(timestep, fps)
         still = None if x_mask is None else self.time(torch.zeros_like(timestep), fps)
-        t, t0 = (None if v is None else self.t_block(v).unflatten(1, (6, -1)) for v in (time, still))
+        t, t0 = (
+            None if v is None else self.t_block(v).unflatten(1, (6, -1)) for v in (time, still)
+        )
         words = self.y_embedder(y.squeeze(1))
         open_ = None if mask is None else self.word_mask(mask, x.shape[0])
         for pair in zip(self.spatial_blocks, self.temporal_blocks, strict=True):

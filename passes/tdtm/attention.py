@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -51,9 +51,8 @@ def merge_attention(
         Refused: Something between the projections can't be followed; what was made is unused.
     """
     node = site.node
-    new = rebuild.beside(node)(
-        node.target, *_operands(rebuild, site), **{k: v for k, v in node.kwargs.items() if k != "attn_mask"}
-    )
+    rest = {key: value for key, value in node.kwargs.items() if key != "attn_mask"}
+    new = rebuild.beside(node)(node.target, *_operands(rebuild, site), **rest)
     rebuild.known(node, site.queries, new)
     result = Merged()
     forward, others = _forward(rebuild, site, axes)
@@ -126,8 +125,6 @@ def _mask(rebuild: Rebuild, site: AttentionSite, mask: fx.Node | None) -> fx.Nod
 
 def _mask_frames(site: AttentionSite, shape: Any) -> list[Frames]:
     """A mask is [..., queries, keys]."""
-    from dataclasses import replace
-
     if site.queries.axis != -2:
         return [site.queries]
     keys = [] if site.keys is None else [replace(site.keys, axis=-1)]
@@ -163,9 +160,7 @@ def _forward(
     return forward, others
 
 
-def _source(
-    node: fx.Node, forward: dict[fx.Node, Frames], ends: set[fx.Node]
-) -> fx.Node | None:
+def _source(node: fx.Node, forward: dict[fx.Node, Frames], ends: set[fx.Node]) -> fx.Node | None:
     """The rebuilt operand of a node, if it has one that is not an end."""
     piece = split_source(node)
     operands = [piece] if piece is not None else node.all_input_nodes
@@ -204,5 +199,3 @@ def _leave(
         others[node] = rebuild.other_part(node, source, frames)
     except Refused:
         return
-
-

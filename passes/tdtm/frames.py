@@ -208,10 +208,10 @@ def _permute(node: fx.Node, frames: Frames) -> Carried:
 
 def _transpose(node: fx.Node, frames: Frames) -> Carried:
     rank = len(shape_of(node))
-    a, b = (0, 1) if target_name(node) == "aten.t" else (node.args[1] % rank, node.args[2] % rank)  # type: ignore[operator]
-    swapped = {a: b, b: a}
+    dims: Any = (0, 1) if target_name(node) == "aten.t" else node.args[1:3]
+    a, b = (dim % rank for dim in dims)
     place = frames.axis % rank
-    return [(_first(node), replace(frames, axis=swapped.get(place, place) - rank))]
+    return [(_first(node), replace(frames, axis={a: b, b: a}.get(place, place) - rank))]
 
 
 def _regroup(node: fx.Node, frames: Frames) -> Carried:
@@ -354,9 +354,7 @@ def _cut(source: fx.Node, frames: Frames, axis: int, start: Size, length: Size) 
     if axis != frames.axis:
         return [(source, frames)]
     rest = shape_of(source)[axis] - start - length
-    return [
-        (source, replace(frames, before=frames.before + start, after=frames.after + rest))
-    ]
+    return [(source, replace(frames, before=frames.before + start, after=frames.after + rest))]
 
 
 def _select(node: fx.Node, frames: Frames) -> Carried:

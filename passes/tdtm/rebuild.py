@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from resplice.build import Builder
 from resplice.kernels.merge_frames import group_count, merge_frames, unmerge_frames
@@ -143,9 +144,7 @@ class Rebuild:
         if split_source(node) is not None:
             return self._piece(node, few, *operands[0])
         mapping = {operand: self._operand(operand, own) for operand, own in operands}
-        args, kwargs = fx.map_arg(
-            (node.args, node.kwargs), lambda n: mapping.get(n, n)
-        )
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: mapping.get(n, n))
         args = tuple(_resized(self.beside(node), node, args, frames, few))
         if node.target in _RESHAPES:
             return self.beside(node)(aten.reshape.default, args[0], args[1])
@@ -190,22 +189,12 @@ class Rebuild:
         lost = frames.length - frames.merged(self.count(frames)).length
         shift = 0 if _at_most(stop, frames.before) else lost
         new = self.copies[source, *frames.key()]
-        return build(
-            aten.slice.Tensor, new, axis, _plain(build, node, start - shift, frames),
-            _plain(build, node, stop - shift, frames),
-        )  # fmt: skip
+        ends = [_bound(node, place - shift) for place in (start, stop)]
+        return build(aten.slice.Tensor, new, axis, *ends)
 
 
 def _at_most(a: Any, b: Any) -> bool:
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
     return bool(statically_known_true(a <= b))
-
-
-def _plain(build: Builder, node: fx.Node, size: Any, frames: Frames) -> Any:
-    if isinstance(size, int):
-        return size
-    raise Refused(f"{node.name} cuts at {size}, which is dynamic")
 
 
 class _Tracking(Builder):
@@ -275,9 +264,10 @@ def _resized(build: Builder, node: fx.Node, args: Any, frames: Frames, few: Fram
     if node.target in _SIZED:
         return [args[0], _sizes(build, node, frames, few)]
     if name == "aten.slice" and _axis_of(node) == frames.axis:
-        raise_ = split_bounds(node)
-        assert raise_ is not None
-        _, start, length = raise_
+        bounds = split_bounds(node)
+        if bounds is None:
+            raise Refused("slice takes some of the frames")
+        _, start, length = bounds
         stop = start + length - (frames.length - few.length)
         return [args[0], frames.axis, args[2] if len(args) > 2 else 0, _bound(node, stop)]
     if name == "aten.slice_scatter" and _axis_of(node) == frames.axis:
@@ -329,5 +319,3 @@ def _sizes(build: Builder, node: fx.Node, frames: Frames, few: Frames) -> list[A
     outer = build(operator.floordiv, old, frames.count)
     sizes[frames.axis] = build(operator.mul, outer, few.count)
     return sizes
-
-

@@ -203,5 +203,3 @@ def _told(atoms: Sequence[Atom]) -> str:
 
 def _atoms(axis: Axis) -> list[Atom]:
     return [atom for segment in axis for atom in segment]
-
-

@@ -10,15 +10,19 @@ A key is open after merging if one of its frames was.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import fx
 
 from resplice.build import Builder
 from resplice.passes.tdtm.frames import Frames, Refused, carried, shape_of
-from resplice.passes.tdtm.rebuild import Rebuild
+from resplice.passes.tdtm.rebuild import Rebuild, is_spread
 from resplice.pattern import target_name
 
 aten = torch.ops.aten
+Change = Callable[[Builder, fx.Node, int], fx.Node]
+"""Builds [rows, count, rest] from [rows, T, rest]."""
 
 
 def compact(rebuild: Rebuild, node: fx.Node, frames: Frames) -> fx.Node:
@@ -83,15 +87,8 @@ def _computes_angles(node: fx.Node, frames: Frames) -> bool:
     except Refused:
         return False
     return bool(operands) and all(
-        _computes_angles(n, own) or _is_even(n, own) for n, own in operands
+        _computes_angles(n, own) or is_spread(n, own) for n, own in operands
     )
-
-
-def _is_even(node: fx.Node, frames: Frames) -> bool:
-    """Whether a part of a table is the same for all frames (that of another axis)."""
-    from resplice.passes.tdtm.rebuild import is_spread
-
-    return is_spread(node, frames)
 
 
 def _at_angles(rebuild: Rebuild, node: fx.Node, frames: Frames) -> fx.Node:
@@ -130,18 +127,18 @@ def _first(build: Builder, split: fx.Node, count: int) -> fx.Node:
     return build(aten.slice.Tensor, split, 1, 0, count)
 
 
-def _framewise(build: Builder, node: fx.Node, frames: Frames, count: int, change) -> fx.Node:  # type: ignore[no-untyped-def]
+def _framewise(
+    build: Builder, node: fx.Node, frames: Frames, count: int, change: Change
+) -> fx.Node:
     """Change [rows, T, rest], a view of a value, and give the result the value's rank again."""
     sizes = build.sizes(node)
-    rank, place = len(sizes), frames.axis % len(sizes)
-    if rank == 1 and frames.inner == 1 and frames.outer == 1:
-        sizes = [*sizes]
-    rest: object = frames.inner
+    place = frames.axis % len(sizes)
+    rest = frames.inner
     tail = shape_of(node)[place + 1 :]
     if not all(isinstance(size, int) for size in tail):
         raise Refused(f"{node.name} has a dynamic size behind its frames")
     for size in tail:
-        rest *= size  # type: ignore[operator]
+        rest *= size
     split = build.reshape(node, [-1, frames.count, rest])
     changed = change(build, split, count)
     whole = shape_of(node)[place]

@@ -148,7 +148,7 @@ def merge_frames(x: Tensor, dim: int, frames: int, inner: int, pair: int) -> Ten
     if count * pair > frames:
         last = split[:, -1:].expand(-1, count * pair - frames, -1)
         split = torch.cat((split, last), 1)
-    merged = split.unflatten(1, (count, pair)).mean(2)
+    merged: Tensor = split.unflatten(1, (count, pair)).mean(2)
     return merged.reshape(_resized(x, place, frames, count))
 
 

@@ -448,6 +448,48 @@ def test_centred_positions_on_the_subject(frames: int, monkeypatch: pytest.Monke
     assert difference(compact, expected).relative > 1e-3, "nothing to see"
 
 
+class Turning(Video):
+    """Queries and keys turned by stored tables, two frequencies that step less than half a turn."""
+
+    def __init__(self, frames: int, rest: int) -> None:
+        super().__init__(raster)
+        places = torch.arange(frames).repeat_interleave(rest)
+        angles = places[:, None] * torch.tensor([0.9, 0.1])
+        self.cos, self.sin = nn.Buffer(angles.cos()), nn.Buffer(angles.sin())
+
+    def forward(self, video: Tensor, other: Tensor) -> Tensor:
+        x = self.arrange(video)
+        return self.out(self.attention(x, self.cos, self.sin))
+
+    def attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (2, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        turned = []
+        for y in (q, k):
+            a, b = y.chunk(2, -1)
+            turned.append(torch.cat((a * cos - b * sin, b * cos + a * sin), -1))
+        return attend(*turned, v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("pair", [2, 3])
+@pytest.mark.parametrize("frames", [4, 5])
+def test_centred_positions_with_stored_tables(frames: int, pair: int) -> None:
+    model = Turning(frames, 6).eval()
+    for layer in (model.q, model.k):
+        nn.init.normal_(layer.weight, std=2.0)
+    x, other = torch.randn(2, 8, frames, 3, 2), torch.randn(2, 8)
+    program = resplice.capture(model, (x, other), check=False)
+    result, step = rewritten(program, f"tdtm{{pair={pair} rope-positions=centred}}")
+    assert step.sites == 1, step.changes[0].refusals
+    h = merge(x.permute(0, 2, 3, 4, 1).flatten(2, 3), pair=pair)
+    places = pair * torch.arange(h.shape[1]) + (pair - 1) / 2
+    angles = places.repeat_interleave(6)[:, None] * torch.tensor([0.9, 0.1])
+    out = model.out(model.attention(h.flatten(1, 2), angles.cos(), angles.sin()))
+    expected = unmerge(out.unflatten(1, (-1, 6)), frames, pair=pair).flatten(1, 2)
+    assert difference(expected, results(result, ((x, other), {}))[0]).relative <= 1e-5
+    compact, _ = rewritten(program, f"tdtm{{pair={pair}}}")
+    assert difference(expected, results(compact, ((x, other), {}))[0]).relative > 1e-3
+
+
 # ---- options -----------------------------------------------------------------------------
 
 

@@ -2,8 +2,8 @@
 
 `compact`: merged frames stand at positions 0, 1, ..., as published; their rotary table is that of
 the first frames. `centred`: at the middle of their group, pair * m + (pair - 1) / 2; the angles are
-interpolated where the graph computes them, else (a stored or given table) the sine and cosine are
-turned half-way between neighbouring frames, which holds for less than half a turn per frame.
+interpolated where the graph computes them, else (a stored or given table) those of frame 0 are
+turned by multiples of the step from frame 0 to 1, which holds for less than half a turn per frame.
 
 A key is open after merging if one of its frames was.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from resplice.build import Builder
-from resplice.passes.tdtm.frames import Frames, Refused, carried, shape_of
+from resplice.passes.tdtm.frames import Frames, Refused, carried, is_projection, shape_of
 from resplice.passes.tdtm.rebuild import Rebuild, is_spread
 from resplice.pattern import target_name
 
@@ -72,10 +72,100 @@ def centred(rebuild: Rebuild, node: fx.Node, frames: Frames) -> fx.Node:
     """
     if _computes_angles(node, frames):
         return _at_angles(rebuild, node, frames)
-    raise Refused(
-        f"the angles of its rotary table {node.name} are not computed in the graph; "
-        "rope-positions=compact needs none"
-    )
+    partner = _partner(node)
+    if partner is None or not frames.alone:
+        raise Refused(
+            f"its table {node.name} is neither computed from angles nor one of a pair of cosines "
+            "and sines; rope-positions=compact needs neither"
+        )
+    return _turned(rebuild, node, partner, frames)
+
+
+def _partner(node: fx.Node) -> fx.Node | None:
+    """The table that a sum of two products pairs with this one: x cos - y sin, x cos + y sin."""
+    for product in (u for u in node.users if target_name(u) == "aten.mul"):
+        for total in product.users:
+            if target_name(total) not in ("aten.add", "aten.sub"):
+                continue
+            others = [n for n in total.all_input_nodes if n is not product]
+            if len(others) == 1 and target_name(others[0]) == "aten.mul":
+                found = [
+                    n for n in others[0].all_input_nodes if _same_shape(n, node) and n is not node
+                ]
+                plain = [n for n in found if not any(x is n for x in product.all_input_nodes)]
+                tables = [n for n in plain if not _projected(n)]
+                if len(tables) == 1:
+                    return tables[0]
+    return None
+
+
+def _projected(node: fx.Node) -> bool:
+    """Whether a value depends on a projection."""
+    return any(map(is_projection, _ancestors(node)))
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    """A node and all it depends on."""
+    todo, seen = [node], {node}
+    while todo:
+        fresh = [n for n in todo.pop().all_input_nodes if n not in seen]
+        seen.update(fresh)
+        todo += fresh
+    return seen
+
+
+def _bring_forward(partner: fx.Node, node: fx.Node) -> None:
+    """Compute a table right behind another one, so that both are there when either is used."""
+    place = node
+    while place.op == "placeholder" and place.next.op == "placeholder":
+        place = place.next
+    for late in sorted(n for n in _ancestors(partner) if n > place):
+        place.append(late)
+        place = late
+
+
+def _same_shape(a: fx.Node, b: fx.Node) -> bool:
+    left, right = a.meta.get("val"), b.meta.get("val")
+    return isinstance(left, torch.Tensor) and left.shape == right.shape  # type: ignore[union-attr]
+
+
+def _turned(rebuild: Rebuild, node: fx.Node, partner: fx.Node, frames: Frames) -> fx.Node:
+    """u + iv of frame 0 times the step to frame 1 to the power of the position.
+
+    It does not matter which of the two tables holds the cosines: swapped, all turns are mirrored.
+    """
+    key = ("turned", node, *frames.key(), rebuild.pair)
+    if key not in rebuild.shared:
+        _bring_forward(partner, node)
+        build = rebuild.beside(max(node, partner))
+
+        def turned(build: Builder, split: fx.Node, count: int) -> fx.Node:
+            other = build.reshape(partner, build.sizes(split))
+            u0, u1, v0, v1 = (
+                build(aten.slice.Tensor, table, 1, i, i + 1) for table in (split, other)
+                for i in (0, 1)
+            )  # fmt: skip
+            along = build(aten.add.Tensor, _times(build, u0, u1), _times(build, v0, v1))
+            across = build(aten.sub.Tensor, _times(build, u0, v1), _times(build, v0, u1))
+            angle = build(aten.atan2.default, across, along)
+            angles = _times(build, _places(build, split, count, rebuild.pair), angle)
+            cos, sin = build(aten.cos.default, angles), build(aten.sin.default, angles)
+            return build(aten.sub.Tensor, _times(build, cos, u0), _times(build, sin, v0))
+
+        rebuild.shared[key] = _framewise(build, node, frames, rebuild.count(frames), turned)
+    return rebuild.shared[key]
+
+
+def _times(build: Builder, a: fx.Node, b: fx.Node) -> fx.Node:
+    return build(aten.mul.Tensor, a, b)
+
+
+def _places(build: Builder, split: fx.Node, count: int, pair: int) -> fx.Node:
+    """Positions pair m + (pair - 1) / 2, [1,count,1]."""
+    kind = split.meta["val"].dtype
+    places = pair * torch.arange(count, dtype=kind) + (pair - 1) / 2
+    name = f"tdtm.places_{count}_{pair}_{str(kind).rpartition('.')[2]}"
+    return build.constant(name, places[None, :, None])
 
 
 def _computes_angles(node: fx.Node, frames: Frames) -> bool:
@@ -109,10 +199,7 @@ def _at_angles(rebuild: Rebuild, node: fx.Node, frames: Frames) -> fx.Node:
         first = build(aten.slice.Tensor, split, 1, 0, 1)
         second = build(aten.slice.Tensor, split, 1, 1, 2)
         step = build(aten.sub.Tensor, second, first)
-        value = split.meta["val"]
-        places = pair * torch.arange(count, dtype=value.dtype) + (pair - 1) / 2
-        name = f"tdtm.places_{count}_{pair}_{str(value.dtype).rpartition('.')[2]}"
-        steps = build.constant(name, places[None, :, None])
+        steps = _places(build, split, count, pair)
         return build(aten.add.Tensor, first, build(aten.mul.Tensor, steps, step))
 
     new = rebuild.within(

@@ -130,7 +130,7 @@ def _same_shape(a: fx.Node, b: fx.Node) -> bool:
 
 
 def _turned(rebuild: Rebuild, node: fx.Node, partner: fx.Node, frames: Frames) -> fx.Node:
-    """u + iv of frame 0 times the step to frame 1 to the power of the position.
+    """Frame 0 as u + iv times the step to frame 1 to the power of the position.
 
     It does not matter which of the two tables holds the cosines: swapped, all turns are mirrored.
     """

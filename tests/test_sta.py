@@ -495,7 +495,9 @@ def test_two_phases_are_one_core_ml_package(wan: Any, tmp_path: Path) -> None:
     artifact = backend.lower(both, tmp_path / "both.mlpackage", options)
     assert set(artifact.functions) == {"main", "full"}
     assert_runs_both_phases(both, artifact, inputs)
-    alone = backend.lower(both.functions["full"], tmp_path / "alone.mlpackage", options, check=False)
+    alone = backend.lower(
+        both.functions["full"], tmp_path / "alone.mlpackage", options, check=False
+    )
     stored = [
         sum(file.stat().st_size for file in a.path.rglob("weight.bin")) for a in (artifact, alone)
     ]

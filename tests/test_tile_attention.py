@@ -344,9 +344,7 @@ def test_lowering_never_takes_more_than_a_bounded_number_of_calls() -> None:
 
 @pytest.mark.parametrize("kind", ["none", "text", "text per head", "keys", "keys per head"])
 @pytest.mark.parametrize("heads", [1, 2])
-def test_folding_bounds_the_calls_whatever_the_mask(
-    kind: str, heads: int
-) -> None:
+def test_folding_bounds_the_calls_whatever_the_mask(kind: str, heads: int) -> None:
     """Plain slices would be 70 calls; ragged at one end."""
     canvas, tile, window, text = (4, 13, 18), (2, 2, 2), (1, 3, 3), 3
     tokens = math.prod(canvas) + text
@@ -358,7 +356,9 @@ def test_folding_bounds_the_calls_whatever_the_mask(
         "keys per head": (1, heads, 1, tokens),
     }[kind]
     mask = None if shape is None else torch.randn(shape)
-    assert math.prod(len(axis_spans(*s)) for s in zip(canvas, tile, window, strict=True)) > MOST_CALLS
+    assert (
+        math.prod(len(axis_spans(*s)) for s in zip(canvas, tile, window, strict=True)) > MOST_CALLS
+    )
     model = Attend(list(canvas), list(tile), list(window), text, False)
     inputs = {n: torch.randn(2, heads, tokens, 8) for n in "qkv"}
     inputs |= {} if mask is None else {"mask": mask}

@@ -227,6 +227,47 @@ def test_a_dynamic_grid_is_refused_with_the_axes_and_what_to_do() -> None:
     assert "capture one program per resolution, with these axes fixed" in reason
 
 
+def test_dynamic_resolutions_keep_full_attention_at_every_size() -> None:
+    """A fixed `canvas` does not make it rewrite what is only sometimes that size."""
+    entry = ZOO["wan"]
+    args, kwargs = entry.inputs(seed=1)
+    program = resplice.capture(
+        entry.model(),
+        resplice.Sample(args, kwargs),
+        dynamic_shapes=entry.dynamic_shapes,
+        check=False,
+    )
+    t, h, w = (program.samples["hidden_states"].shape[i] // n for i, n in ((2, 1), (3, 2), (4, 2)))
+    for spec in (SPEC, f"sta{{tile=2,2,2 window=1,1,1 canvas={t},{h},{w}}}"):
+        same, steps = Pipeline.of(spec).run(program)
+        assert steps[-1].sites == 0
+        reasons = [refusal.reason for refusal in steps[-1].changes[0].refusals]
+        assert sum("capture one program per resolution" in reason for reason in reasons) == 2
+        for inputs in (entry.inputs(seed=3), entry.second_inputs()):
+            agree(results(entry.model(), inputs), results(same, inputs), EAGER)
+
+
+def test_resolutions_are_functions_over_one_set_of_weights() -> None:
+    """Each has its own grid; a window is cut to what it has."""
+    model, inputs = ZOO["ltx"].model(), {}
+    for name, sizes in (("main", (4, 6, 8)), ("tall", (2, 9, 5))):
+        frames, rows, columns = sizes
+        inputs[name] = ZOO["ltx"].inputs(seed=1, frames=frames, rows=rows, columns=columns)
+    program, other = (
+        resplice.capture(model, resplice.Sample(*given), check=False) for given in inputs.values()
+    )
+    program.functions["tall"] = other
+    both, steps = Pipeline.of("sta{tile=2,2,3 window=1,3,1}").run(program)
+    assert [change.count for change in steps[-1].changes] == [2, 2]
+    for (name, function), canvas in zip(both.all_functions(), ((4, 6, 8), (2, 9, 5)), strict=True):
+        with dense_masks(canvas, (2, 2, 3), (1, 3, 1), 0, False):
+            expected = results(model, inputs[name])
+        agree(expected, results(function, inputs[name]), EAGER)
+    weights = [dict(function.named_weights()) for _, function in both.all_functions()]
+    shared = [n for n in weights[0] if weights[0][n].data_ptr() == weights[1][n].data_ptr()]
+    assert len(shared) > 20
+
+
 class Tokens(nn.Module):
     """One attention over tokens made from a video [B,C,T,H,W] by a given function."""
 

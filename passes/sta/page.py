@@ -70,11 +70,11 @@ def _page(result: SearchResult, table: WindowTable) -> str | None:
         for layer, head, count, window in sorted(heads, key=lambda item: order.index(item[3]))
     ]  # fmt: skip
     counts = shares_of(table)
+    total = sum(counts.values(), Counter[Triple]())
     bars = {
-        f"layer {layer}": {named(w): float(found[w]) for w in order if found[w]}
+        f"layer {layer}": {named(w): float(found[w]) for w in order if total[w]}
         for layer, found in counts.items()
     }
-    total = sum(counts.values(), Counter[Triple]())
     rows = [
         (named(w), f"{100 * share:.1f} %", total[w], f"{100 * total[w] / total.total():.1f} %")
         for w, share in zip(order, [*result.densities, 1.0], strict=True)

@@ -178,6 +178,7 @@ def _dots(axes: Axes, points: Sequence[Dot], across: str, up: str) -> None:
             color=_SERIES[number % len(_SERIES)], markersize=4, label=_short(group),
         )  # fmt: skip
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:.0e}")
     axes.set_xlabel(across)
     axes.set_ylabel(up)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -195,6 +196,8 @@ def _shares(axes: Axes, rows: Mapping[str, Mapping[str, float]], axis: str) -> N
         )  # fmt: skip
         starts = [start + size for start, size in zip(starts, sizes, strict=True)]
     _horizontal(axes, list(rows), axis)
+    axes.margins(x=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.figure.legend(loc="outside upper left", ncols=6)
 
 

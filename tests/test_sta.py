@@ -230,13 +230,8 @@ def test_a_dynamic_grid_is_refused_with_the_axes_and_what_to_do() -> None:
 def test_dynamic_resolutions_keep_full_attention_at_every_size() -> None:
     """A fixed `canvas` does not make it rewrite what is only sometimes that size."""
     entry = ZOO["wan"]
-    args, kwargs = entry.inputs(seed=1)
-    program = resplice.capture(
-        entry.model(),
-        resplice.Sample(args, kwargs),
-        dynamic_shapes=entry.dynamic_shapes,
-        check=False,
-    )
+    sample, shapes = resplice.Sample(*entry.inputs(seed=1)), entry.dynamic_shapes
+    program = resplice.capture(entry.model(), sample, dynamic_shapes=shapes, check=False)
     t, h, w = (program.samples["hidden_states"].shape[i] // n for i, n in ((2, 1), (3, 2), (4, 2)))
     for spec in (SPEC, f"sta{{tile=2,2,2 window=1,1,1 canvas={t},{h},{w}}}"):
         same, steps = Pipeline.of(spec).run(program)

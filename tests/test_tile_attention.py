@@ -198,6 +198,18 @@ def test_tiles_of_one_token_are_neighbourhood_attention(window: tuple[int, ...])
     assert float((found - expected.flatten(2, 4)).abs().max()) <= 1e-12
 
 
+@pytest.mark.parametrize("window", [(3, 3, 5), (3, 3, 3), (3, 5, 3)])
+def test_the_neighbourhood_package_agrees(window: tuple[int, ...]) -> None:
+    """Where NATTEN is installed; it takes no windows of one token."""
+    natten = pytest.importorskip("natten")
+    canvas = (3, 5, 6)
+    q, k, v = (x.float() for x in drawn((1, 2, 90, 16)))
+    shaped = [x.transpose(1, 2).unflatten(1, canvas) for x in (q, k, v)]
+    expected = natten.na3d(*shaped, kernel_size=window).flatten(1, 3).transpose(1, 2)
+    found = tile_attention(q, k, v, canvas, (1, 1, 1), window)
+    assert float((found - expected).abs().max()) <= 2e-6
+
+
 # ---- windows -----------------------------------------------------------------------------
 
 

@@ -8,7 +8,8 @@ the best of the rounds. "Ideal" is query-key pairs of dense attention over those
 - the op `tile_attention`;
 - `flex_attention`, compiled, with the same mask as full blocks, its tokens put in tile order before
   the clock starts (in favour of it);
-- NATTEN, if it is installed and takes CPU tensors;
+- NATTEN, if it is installed, with a token window of as many tokens; on a CPU it is flex_attention
+  without compilation, which holds all scores at once, so only small canvases are measured;
 - the op lowered to ONNX against dense attention lowered to ONNX, both in onnxruntime;
 - a whole Wan block (hidden 512, 8 heads, FFN 2048) against itself with full attention, beside the
   ideal of Amdahl's law: all of the block but the pairs outside the window.
@@ -43,6 +44,7 @@ CASES: list[Case] = [
     ((12, 24, 24), (4, 8, 8), (3, 1, 1)),
     ((21, 30, 52), (6, 8, 8), (3, 3, 3)),
 ]
+_MOST_SCORES = 2**30
 PARTS = ("op", "onnx", "block")
 
 
@@ -219,8 +221,15 @@ def listed(table: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def natten(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor] | None:
-    """NATTEN with a window of as many tokens, odd; None where it can't be had."""
+    """NATTEN with a window of as many tokens, odd; None where it can't be had.
+
+    Without a GPU it computes all scores and masks them, so it needs their memory.
+    """
     canvas, tile, window = case
+    scores = q.shape[1] * math.prod(canvas) ** 2 * 4
+    if scores > _MOST_SCORES and not torch.cuda.is_available():
+        print(f"NATTEN: not measured, its scores alone would take {scores / 2**30:.1f} GiB")
+        return None
     try:
         import natten as package
 

@@ -17,6 +17,7 @@ from resplice.backends.coreml.mil.tools import coremltools as ct
 from resplice.backends.coreml.mil.tools import silent
 from resplice.backends.coreml.options import CoremlOptions
 from resplice.backends.coreml.precision import fragile_nodes
+from resplice.backends.coreml.validation import validated_once
 from resplice.backends.legal import Legalizer
 from resplice.cases import fresh_cases, fresh_inputs
 from resplice.compare import EXACT_BARS, Difference
@@ -119,7 +120,7 @@ def _bar(program: Program, options: CoremlOptions) -> float:
 
 def _assemble(parts: dict[str, Path], target: Path, stored: dict[str, Any]) -> None:
     """One package of all functions, with what resplice stores in it."""
-    with silent():
+    with silent(), validated_once():
         if len(parts) == 1:
             (only,) = parts.values()
         else:

@@ -45,8 +45,6 @@ EXPECTED = {
     "cosmos": (2, 0, False),
 }
 """Model -> sites, text tokens in the sequence, whether they come first."""
-NOT_IN_CORE_ML = ("cosmos",)
-"""Converted wrongly without the pass, too, which the backend finds and refuses."""
 EAGER = 1e-5
 """What rewritten and eager models may differ by, of the output's scale."""
 
@@ -142,7 +140,7 @@ def test_a_window_is_a_dense_mask_in_onnxruntime(name: str, tmp_path: Path) -> N
     agree(expected, list(found.values()), artifact.bar + EAGER)
 
 
-@pytest.mark.parametrize("name", [name for name in EXPECTED if name not in NOT_IN_CORE_ML])
+@pytest.mark.parametrize("name", EXPECTED)
 def test_a_window_is_a_dense_mask_in_core_ml(name: str, tmp_path: Path) -> None:
     coreml = pytest.importorskip("resplice.backends.coreml")
     sparse, (args, kwargs), expected = windowed(name)

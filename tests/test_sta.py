@@ -223,8 +223,15 @@ def test_a_dynamic_grid_is_refused_with_the_axes_and_what_to_do() -> None:
     assert all(name in reason for name in ("frames", "rows", "columns"))
     assert "(axis 2 of video, axis 3 of video, axis 4 of video)" in reason
     assert "capture one program per resolution, with these axes fixed" in reason
+    for canvas in ("", " canvas=4,6,5"):
+        same, steps = Pipeline.of(f"sta{{tile=1,2,2 window=1,1,1{canvas}}}").run(program)
+        assert steps[-1].sites == 0
+        for sizes in ((4, 6, 5), (3, 8, 2)):
+            inputs = ((torch.randn(3, 8, *sizes), torch.randn(3, *x.shape[1:])), {})
+            agree(results(program, inputs), results(same, inputs), 0.0)
 
 
+@pytest.mark.slow
 def test_dynamic_resolutions_keep_full_attention_at_every_size() -> None:
     """A fixed `canvas` does not make it rewrite what is only sometimes that size."""
     entry = ZOO["wan"]

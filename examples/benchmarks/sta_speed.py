@@ -85,11 +85,16 @@ def report(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def interleaved(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Best wall-clock seconds of each variant; every round runs each of them once."""
-    best = dict.fromkeys(variants, math.inf)
+    """Best wall-clock seconds of each variant; every round runs each of them once.
+
+    What took over ten times as long as the first variant is not run again.
+    """
+    best, first = dict.fromkeys(variants, math.inf), next(iter(variants))
     with torch.no_grad():
         for _ in range(rounds + 1):  # the first one warms up, and counts if it is the best
             for name, call in variants.items():
+                if 10 * best[first] < best[name] < math.inf:
+                    continue
                 start = time.perf_counter()
                 call()
                 best[name] = min(best[name], time.perf_counter() - start)

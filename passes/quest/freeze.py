@@ -19,6 +19,7 @@ from resplice.kernels.quest_quantize import rounded
 from resplice.pattern import Match, Var, aten
 from resplice.program import Program
 from resplice.rules import Rule, apply_rules
+from resplice.walk import run_node
 
 
 def freeze(program: Program) -> tuple[Program, Change]:
@@ -56,16 +57,22 @@ def _rounded_constant(value: Any) -> str | None:
 
 
 def _stored(value: fx.Node) -> fx.Node | None:
-    """The weight that a node rounds, seen through a transposition."""
-    source = _node(value.args[0])
-    if source.target is torch.ops.aten.transpose.int:
-        source = _node(source.args[0])
+    """The weight that a node rounds, seen through what prepares it: constants only."""
+    source = value
+    while source.op == "call_function":
+        source, *others = source.all_input_nodes
+        if any(other.op != "get_attr" for other in others):
+            return None
     return source if source.op == "get_attr" else None
 
 
-def _node(value: Any) -> fx.Node:
-    assert isinstance(value, fx.Node)
-    return value
+def _value(program: Program, node: fx.Node) -> Tensor:
+    """What constants compute."""
+    if node.op == "get_attr":
+        return program.weight(node).detach()
+    env = {source: _value(program, source) for source in node.all_input_nodes}
+    found: Tensor = run_node(program, node, env, {})
+    return found
 
 
 class _Pack(Rule):
@@ -81,8 +88,8 @@ class _Pack(Rule):
         stored = _stored(weight)
         assert stored is not None
         bits, block = weight.args[1:3]
-        values = build.program.weight(stored).detach()
-        codes, step = _codes(values if stored is weight.args[0] else values.t(), bits, block)
+        with torch.no_grad():
+            codes, step = _codes(_value(build.program, weight.all_input_nodes[0]), bits, block)
         return build(
             quant_linear.overload, found.node("x"),
             build.weight(f"{stored.target}_codes", codes),

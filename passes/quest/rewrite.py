@@ -31,16 +31,18 @@ from resplice.compare import sqnr_db
 from resplice.context import Context
 from resplice.errors import SpecError
 from resplice.facts import Canonical, FloatWeights
-from resplice.kernels.gaussian_grid import expected_sqnr_db
+from resplice.kernels.gaussian_grid import expected_error, expected_sqnr_db
 from resplice.kernels.hadamard import hadamard
 from resplice.kernels.quant_linear import BITS, quant_linear
 from resplice.kernels.quest_quantize import rounded
 from resplice.pass_base import Approx, Exact, Meaning, Pass, option
-from resplice.passes.quest.roles import feeds_embedding, role_of
+from resplice.passes.quest.roles import feeds_embedding, follows_activation, role_of
 from resplice.passes.quest.weights import Block, QuantizedWeight, hadamard_block, quantize_weight
 from resplice.pattern import Match, Var, aten, either
 from resplice.program import Program
 from resplice.rules import Rule, apply_rules
+
+_FAR_OFF_DB = 2.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,9 @@ class Quest(Pass):
     act_bits: int = option(16, "bits per activation; 16 leaves them", choices=(*BITS, 16))
     mode: Literal["ptq", "qat"] = option(
         "ptq", "packed weights, or weights that train with the rounding", choices=("ptq", "qat")
+    )
+    signs: bool = option(
+        False, "flip inputs that follow an un-gated activation by random signs before the rotation"
     )
     clip: float = option(
         0.0, "gradients pass up to this multiple of the outermost level (qat); 0: the paper's"
@@ -125,12 +130,29 @@ class Quest(Pass):
         change = apply_rules(program, rules, context, self.name)
         if self.packs:
             _sum_up(change)
+        if self.packs and self.act_bits <= 2:
+            error = expected_error(self.weight_bits, self.act_bits)
+            change.notes.append(
+                f"WARNING: expect a relative error of {error:.2f} in every layer from "
+                f"W{self.weight_bits}A{self.act_bits} after training; train it with mode=qat"
+            )
         return change
 
 
 def _sum_up(change: Change) -> None:
+    far = [s.node for s in change.sites if _is_far_off(s.metrics)]
+    if far:
+        change.notes.append(
+            f"{len(far)} weights err {_FAR_OFF_DB:.0f} dB more than Gaussian theory: "
+            f"{', '.join(far[:8])}"
+        )
     saved = sum(s.metrics["bytes_before"] - s.metrics["bytes_after"] for s in change.sites)
     change.notes.append(f"{change.count} weights, {saved / 2**20:.1f} MiB saved")
+
+
+def _is_far_off(metrics: dict[str, Any]) -> bool:
+    measured, theory = float(metrics.get("sqnr_db", math.inf)), float(metrics["theory_db"])
+    return measured < theory - _FAR_OFF_DB
 
 
 def _constant_matrix(value: Any) -> str | None:
@@ -183,20 +205,30 @@ class _QuantizeLinear(Rule):
         node, options = found.node("weight"), self.options
         original, name = build.program.weight(node), str(node.target)
         weight = original.t() if self.transposed else original
+        signs = self._signs(found, weight.shape[1])
         quantized = self.context.once(
             weight,
-            (options.weight_bits, options.group, options.hadamard),
+            (options.weight_bits, options.group, options.hadamard, signs is None),
             lambda: quantize_weight(
-                weight, options.weight_bits, group=options.group, hadamard=options.hadamard
+                weight if signs is None else weight * signs,
+                options.weight_bits, group=options.group, hadamard=options.hadamard,
             ),
-        )
-        x = _prepared(build, found.node("x"), quantized.block, options.act_bits, options)
+        )  # fmt: skip
+        x = _flipped(build, found.node("x"), signs)
+        x = _prepared(build, x, quantized.block, options.act_bits, options)
         codes = build.weight(f"{name}_codes", quantized.codes)
         step = build.weight(f"{name}_step", quantized.step)
         new = build(
             quant_linear.overload, x, codes, step, found["bias"], quantized.bits, quantized.group
         )
-        return new, _metrics(weight, quantized)
+        return new, _metrics(weight if signs is None else weight * signs, quantized)
+
+    def _signs(self, found: Match, size: int) -> Tensor | None:
+        """Random signs [K], the same for every layer of that width; None where not wanted."""
+        if not self.options.signs or not follows_activation(found.node("x")):
+            return None
+        draws = torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(size))
+        return (draws * 2 - 1).to(found.node("weight").meta["val"].dtype)
 
     def _trained(self, found: Match, build: Builder) -> tuple[fx.Node, dict[str, Any]]:
         """linear(x, W) -> linear(round(x), round(W)), both in the rotated domain."""
@@ -205,9 +237,12 @@ class _QuantizeLinear(Rule):
             return self._narrowed(found, build)
         if self.transposed:
             weight = _once(build, torch.ops.aten.transpose.int, (weight, -1, -2))
-        block = hadamard_block(int(weight.meta["val"].shape[-1]), options.hadamard)
+        size = int(weight.meta["val"].shape[-1])
+        block, signs = hadamard_block(size, options.hadamard), self._signs(found, size)
+        weight = _flipped(build, weight, signs)
         weight = _prepared(build, weight, block, options.weight_bits, options)
-        x = _prepared(build, found.node("x"), block, options.act_bits, options)
+        x = _flipped(build, found.node("x"), signs)
+        x = _prepared(build, x, block, options.act_bits, options)
         return build(torch.ops.aten.linear.default, x, weight, found["bias"]), {"block": block}
 
     def _narrowed(self, found: Match, build: Builder) -> tuple[fx.Node, dict[str, Any]]:
@@ -240,6 +275,13 @@ def _metrics(weight: Tensor, quantized: QuantizedWeight) -> dict[str, Any]:
         "bytes_after": quantized.nbytes,
         "block": quantized.block,
     }
+
+
+def _flipped(build: Builder, x: fx.Node, signs: Tensor | None) -> fx.Node:
+    if signs is None:
+        return x
+    constant = build.constant(f"quest.signs_{len(signs)}", signs)
+    return build(torch.ops.aten.mul.Tensor, x, constant)
 
 
 def _prepared(build: Builder, x: fx.Node, block: int, bits: int, options: Quest) -> fx.Node:

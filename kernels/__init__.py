@@ -1,7 +1,8 @@
 """The dialect: one op, one file. Importing this package registers every op with torch."""
 
 from resplice.kernels.hadamard import hadamard
+from resplice.kernels.moe_ffn import moe_ffn
 from resplice.kernels.quant_linear import quant_linear
 from resplice.kernels.tile_attention import tile_attention
 
-__all__ = ["hadamard", "quant_linear", "tile_attention"]
+__all__ = ["hadamard", "moe_ffn", "quant_linear", "tile_attention"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -98,6 +98,15 @@ class Ffn:
     def __call__(self, x: Tensor) -> Tensor:
         """The dense layer: [..., d] -> [..., o]."""
         return linear(self.hidden(x), self.down, self.down_bias)
+
+    def to(self, kind: torch.dtype) -> Ffn:
+        """The layer in another dtype."""
+        values = {
+            f.name: value.to(kind)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **values)
 
     def rows(self, neurons: Tensor) -> tuple[Tensor, Tensor | None]:
         """Input rows of some neurons, first and second projection in a row, and their biases."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from resplice.kernels.moe_routing import expert_scores, hidden, route
+from resplice.kernels.moe_routing import chosen_indices, expert_scores, hidden, route
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ def fast(
             scores = expert_scores(
                 tokens, router, router_bias, experts_in.shape[0], activation, gated, score
             )
-            chosen, gates = route(scores, gate_scale, balance, active)
+            mask, gates = route(scores, gate_scale, balance, active)
+            chosen = chosen_indices(mask, active)
             gates = gates.gather(1, chosen).to(x.dtype) if gate_scale is not None else None
             routed = one.chosen(tokens, chosen, gates)
         if result is None and out_bias is not None:

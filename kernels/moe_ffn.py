@@ -22,7 +22,6 @@ from resplice.kernels.moe_fast import fast, gradients
 from resplice.kernels.moe_routing import (
     ACTIVATIONS,
     SCORES,
-    chosen_mask,
     expert_scores,
     hidden,
     route,
@@ -272,9 +271,9 @@ def moe_ffn(
         neurons = hidden(z, activation, gated)
         if router is not None:
             scores = expert_scores(tokens, router, router_bias, count, activation, gated, score)
-            chosen, gates = route(scores, gate_scale, balance, active)
-            mask = chosen_mask(chosen, count).to(gates.dtype)
-            neurons = neurons * (mask * gates).to(x.dtype).unsqueeze(-1)
+            mask, gates = route(scores, gate_scale, balance, active)
+            gates = mask.to(gates.dtype) * gates
+            neurons = neurons * gates.to(x.dtype).unsqueeze(-1)
         weight = experts_out.permute(0, 2, 1).reshape(count * size, out)
         routed = neurons.flatten(1) @ weight
         result = routed if result is None else result + routed
@@ -311,3 +310,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 moe_ffn.differentiate(_backward, setup=_save)
+moe_ffn.lowerings["onnx"] = "resplice.backends.onnx.moe_ffn:lower"
+moe_ffn.lowerings["coreml"] = "resplice.backends.coreml.moe_ffn:lower"

@@ -74,25 +74,36 @@ def expert_scores(
 def route(
     scores: Tensor, gate_scale: Tensor | None, balance: Tensor | None, active: int
 ) -> tuple[Tensor, Tensor]:
-    """Choose experts and their gates: topk(softmax(s) + b), g = 1 + p*u.
+    """Choose experts and their gates: the A largest of softmax(s) + b, g = 1 + p*u.
+
+    Equal values go to the higher score, then to the lower index, so that every backend chooses
+    alike (ReLU layers score many experts zero).
 
     Args:
-        scores: [T, R].
+        scores: s, [T, R].
         gate_scale: u, [R], or None for zeros.
         balance: b, [R], or None for zeros; it decides who is chosen, not the gate.
         active: A, experts per token.
 
     Returns:
-        Chosen experts int64 [T, A] and gates [T, R] in the dtype of the scores.
+        Which experts are chosen, boolean [T, R], and gates [T, R] in the dtype of the scores.
     """
     p = scores.softmax(-1)
     wanted = p if balance is None else p + balance.to(p.dtype)
-    chosen = wanted.topk(active, -1).indices
     gates = torch.ones_like(p) if gate_scale is None else 1 + p * gate_scale.to(p.dtype)
-    return chosen, gates
+    return largest(wanted, scores, active), gates
 
 
-def chosen_mask(chosen: Tensor, experts: int) -> Tensor:
-    """Indices [T, A] as a boolean mask [T, R]."""
-    numbers = torch.arange(experts, device=chosen.device)
-    return (chosen.unsqueeze(-1) == numbers).any(-2)
+def largest(wanted: Tensor, scores: Tensor, active: int) -> Tensor:
+    """The `active` largest of each row, boolean [T, R]; see `route` for equal values."""
+    before = torch.ones(scores.shape[-1], scores.shape[-1], dtype=torch.bool).tril(-1)
+    own, other = wanted.unsqueeze(-1), wanted.unsqueeze(-2)
+    score, rival = scores.unsqueeze(-1), scores.unsqueeze(-2)
+    tied = (rival > score) | ((rival == score) & before.to(scores.device))
+    ahead = (other > own) | ((other == own) & tied)
+    return ahead.sum(-1) < active
+
+
+def chosen_indices(mask: Tensor, active: int) -> Tensor:
+    """The chosen experts of each token, ascending: boolean [T, R] -> int64 [T, A]."""
+    return mask.nonzero()[:, 1].reshape(-1, active)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from resplice.errors import OpError
 from resplice.kernels.moe_ffn import moe_ffn
-from resplice.kernels.moe_routing import expert_scores, route
+from resplice.kernels.moe_routing import chosen_indices, expert_scores, route
 from resplice.passes.cmoe.clusters import Groups, group_neurons
 from resplice.passes.cmoe.ffn import Ffn
 from resplice.passes.cmoe.profile import Markers, profile_markers
@@ -113,7 +113,7 @@ class Carving:
         }  # fmt: skip
 
     def route(self, x: Tensor) -> Tensor:
-        """Experts chosen for tokens [..., d]: int64 [tokens, A]."""
+        """Experts chosen for tokens [..., d], ascending: int64 [tokens, A]."""
         tokens = x.reshape(-1, x.shape[-1])
         if self.router is None:
             return torch.arange(self.active).expand(len(tokens), -1)
@@ -122,7 +122,8 @@ class Carving:
             tokens, router.weight, router.bias, len(self.experts), self.ffn.activation,
             self.ffn.gated, router.score,
         )  # fmt: skip
-        return route(scores, self.gate_scale, self.balance, self.active)[0]
+        mask, _ = route(scores, self.gate_scale, self.balance, self.active)
+        return chosen_indices(mask, self.active)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The carved layer: [..., d] -> [..., o]."""

@@ -155,15 +155,16 @@ class Cmoe(Pass):
         down, made_at = site.down.node, origin(site.down.node)
         weight = program.weight(site.down.weight)
 
-        def make() -> tuple[dict[str, Any], dict[str, Any]]:
-            return self._carve(site.ffn(program), self._tokens(site, stream, batches))
+        def make() -> tuple[str, dict[str, Any], dict[str, Any]]:
+            tokens = self._tokens(site, stream, batches)
+            return _prefix(site), *self._carve(site.ffn(program), tokens)
 
         options = (self.name, site.offset, *self.__dict__.values())
-        arguments, metrics = context.once(weight, options, make)
+        prefix, arguments, metrics = context.once(weight, options, make)
         build = Builder(program, down, self.name)
         old = _between(site)
         before, spent = show_nodes(program, sorted(old)), sum(node_cost(n).flops for n in old)
-        new = _insert(build, site, arguments)
+        new = _insert(build, site, prefix, arguments)
         name = down.name
         replace_node(program, down, new, self.name)
         constants = {n for node in old for n in node.all_input_nodes if n.op == "get_attr"}
@@ -267,9 +268,8 @@ def _between(site: FfnSite) -> set[fx.Node]:
     return found
 
 
-def _insert(build: Builder, site: FfnSite, arguments: dict[str, Any]) -> fx.Node:
+def _insert(build: Builder, site: FfnSite, prefix: str, arguments: dict[str, Any]) -> fx.Node:
     """The carved layer; columns of other values stay a plain product, added to it."""
-    prefix = _prefix(site)
     values = [
         build.weight(f"{prefix}.{name}", value) if isinstance(value, Tensor) else value
         for name, value in arguments.items()

@@ -344,7 +344,8 @@ def _through_reshapes(node: fx.Node) -> fx.Node:
 
 def _part(node: fx.Node) -> tuple[fx.Node, int, int] | None:
     """Source, start and length, where a node is a run of a value's last axis."""
-    length = node.meta["val"].shape[-1] if isinstance(node.meta.get("val"), Tensor) else None
+    value = node.meta.get("val")
+    length = value.shape[-1] if isinstance(value, Tensor) and value.dim() else None
     if not isinstance(length, int) or not node.all_input_nodes:
         return None
     source = node.all_input_nodes[0]

@@ -60,8 +60,8 @@ def fast(
             )
             mask, gates = route(scores, gate_scale, balance, active)
             chosen = chosen_indices(mask, active)
-            gates = gates.gather(1, chosen).to(x.dtype) if gate_scale is not None else None
-            routed = one.chosen(tokens, chosen, gates)
+            own = None if gate_scale is None else gates.gather(1, chosen).to(x.dtype)
+            routed = one.chosen(tokens, chosen, own)
         if result is None and out_bias is not None:
             routed = routed + out_bias
         result = routed if result is None else result + routed
@@ -102,7 +102,8 @@ class _Experts:
         back = torch.empty_like(sent.order)
         back[sent.order] = torch.arange(len(back), device=back.device)
         parts = made[back].unflatten(0, (-1, count))
-        return (parts if gates is None else parts * gates.unsqueeze(-1)).sum(1)
+        total: Tensor = (parts if gates is None else parts * gates.unsqueeze(-1)).sum(1)
+        return total
 
     def _of_one_token(self, token: Tensor, chosen: Tensor, gates: Tensor | None) -> Tensor:
         parts = [self.one(token, number) for number in chosen[0].tolist()]
@@ -125,7 +126,8 @@ def gradients(grad: Tensor, wanted: list[bool], *args: Any) -> list[Tensor]:
             value.detach().requires_grad_(want) if isinstance(value, Tensor) else value
             for value, want in zip(args[: len(wanted)], wanted, strict=True)
         ]
-        result = fast(*inputs, *args[len(wanted) :])
+        values: list[Any] = [*inputs, *args[len(wanted) :]]
+        result = fast(*values)
         chosen = [value for value, want in zip(inputs, wanted, strict=True) if want]
         found = iter(torch.autograd.grad(result, chosen, grad, allow_unused=True))
     return [_or_zeros(next(found), v) if w else grad.new_empty(0) for v, w in zip(inputs, wanted)]

@@ -319,9 +319,7 @@ def test_the_paper_variant_ends_where_nothing_changes() -> None:
     means = torch.stack([columns[:, e].mean(1) for e in found.experts], 1)
     distances = torch.cdist(columns[:, rest].T, means.T)
     _, cost = assign(distances, [8] * 6)
-    own = sum(
-        float(distances[torch.isin(rest, e), j].sum()) for j, e in enumerate(found.experts)
-    )
+    own = sum(float(distances[torch.isin(rest, e), j].sum()) for j, e in enumerate(found.experts))
     assert own == pytest.approx(cost, rel=1e-9)
     assert found.router is not None
     assert found.router.score == "signed"

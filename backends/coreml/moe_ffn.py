@@ -48,9 +48,7 @@ def lower(
             "coreml", [f"moe_strategy={strategy} needs {wanted}"], hint="moe_strategy=masked"
         )
     tokens = build.reshape(x, [count, x.meta["val"].shape[-1]])
-    routing = Routing(
-        router, router_bias, gate_scale, balance, active, activation, gated, score
-    )
+    routing = Routing(router, router_bias, gate_scale, balance, active, activation, gated, score)
     experts = int(experts_out.meta["val"].shape[0])
     choice = routing.choose(build, tokens, experts)
     layer = _Layer(build, experts_in, experts_in_bias, experts_out, activation, gated)

@@ -48,9 +48,7 @@ def lower(
         z = build(aten.linear.default, tokens, shared_in, shared_in_bias)
         hidden = emit_hidden(build, z, activation, gated)
         start = build(aten.linear.default, hidden, shared_out, out_bias)
-    routing = Routing(
-        router, router_bias, gate_scale, balance, active, activation, gated, score
-    )
+    routing = Routing(router, router_bias, gate_scale, balance, active, activation, gated, score)
     choice = routing.choose(build, tokens, count)
     layer = _Layer(build, experts_in, experts_in_bias, experts_out, activation, gated)
     if build.options.moe_strategy == "moe":
@@ -114,7 +112,9 @@ class _Layer:
         count, width, size = self.out.meta["val"].shape
         value = tokens.meta["val"].dtype
         logits = build(aten.mul.Scalar, build(aten.logical_not.default, choice.mask), _FAR)
-        logits = build(aten.to.dtype, logits, value) if logits.meta["val"].dtype != value else logits
+        logits = (
+            build(aten.to.dtype, logits, value) if logits.meta["val"].dtype != value else logits
+        )
         weight = build.program.weight(self.weight).detach()
         if self.gated:  # gate and up rows alternate
             weight = weight.unflatten(1, (2, size)).transpose(1, 2).flatten(1, 2).contiguous()
@@ -147,7 +147,7 @@ class _Layer:
 
 @expands("MoeExperts")
 def _unroll(made: tape.Tape, node: ir.Node) -> ir.Value:
-    """start + the results of every expert on the rows that chose it."""
+    """Start + the results of every expert on the rows that chose it."""
     settings = {name: attribute.value for name, attribute in node.attributes.items()}
     count = settings["experts"]
     inputs = iter(node.inputs)
@@ -170,6 +170,7 @@ def _unroll(made: tape.Tape, node: ir.Node) -> ir.Value:
             result = made.op("Mul", [result, made.op("Unsqueeze", [own, last])])
         index = made.op("Transpose", [places], {"perm": [1, 0]})
         total = made.op("ScatterND", [total, index, result], {"reduction": "add"})
+    assert total is not None, "start is always given"
     return total
 
 

@@ -242,9 +242,7 @@ def carve_ffn(
     markers = profile_markers(ffn, tokens, k_act, profile)
     groups = group_neurons(markers, experts, shared, euclidean=profile == "paper")
     chooses = 0 < active < experts - shared
-    made = (
-        make_router(router, ffn, tokens, markers, groups.experts, profile) if chooses else None
-    )
+    made = make_router(router, ffn, tokens, markers, groups.experts, profile) if chooses else None
     return assemble(ffn, markers, groups, made, active)
 
 

@@ -109,8 +109,10 @@ def _distances(markers: Markers, weights: Tensor, divisors: Tensor, euclidean: b
     once, squares = all_reduced(sums).double()
     own = markers.counts.double().unsqueeze(1)
     if euclidean:
-        return (own - 2 * both / n + squares / n**2).clamp_min(0).sqrt()
-    return own + once / n - 2 * both / n
+        squared: Tensor = own - 2 * both / n + squares / n**2
+        return squared.clamp_min(0).sqrt()
+    absolute: Tensor = own + once / n - 2 * both / n
+    return absolute
 
 
 def representatives(

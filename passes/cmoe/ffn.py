@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,7 +102,7 @@ class Ffn:
 
     def to(self, kind: torch.dtype) -> Ffn:
         """The layer in another dtype."""
-        values = {
+        values: dict[str, Any] = {
             f.name: value.to(kind)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
@@ -125,7 +126,8 @@ def _cosine(unit: Tensor, length: Tensor, weight: Tensor, bias: Tensor | None) -
     z = linear(unit, normalize(weight, dim=-1, eps=1e-12))
     if bias is None:
         return z
-    return z + bias / weight.norm(dim=-1).clamp_min(1e-12) / length
+    shift: Tensor = bias / weight.norm(dim=-1).clamp_min(1e-12) / length
+    return z + shift
 
 
 def _require(condition: bool, argument: str, what: str) -> None:

@@ -126,6 +126,11 @@ def recover(
     return done
 
 
+def rebalanced(balance: Tensor, load: Tensor, step: float) -> Tensor:
+    """The balance bias [R] after one step: down where the load is above its mean, up below."""
+    return balance - step * (load - load.double().mean()).sign().to(balance.dtype)
+
+
 class _Counting(fx.Interpreter):
     """Runs a graph and counts the tokens that every expert is sent."""
 
@@ -155,9 +160,7 @@ class _Trainer:
 
     def __init__(self, program: Program, recipe: Recipe, loss: Loss) -> None:
         self.program, self.recipe, self.loss = program, recipe, loss
-        self.layers = list(
-            program.graph.find_nodes(op="call_function", target=moe_ffn.overload)
-        )
+        self.layers = list(program.graph.find_nodes(op="call_function", target=moe_ffn.overload))
         if not self.layers:
             raise UsageError("recovery: the program has no carved layer", hint="run cmoe first")
         self.loads: dict[str, Tensor] = {}
@@ -234,13 +237,13 @@ class _Trainer:
         return float(value.detach())
 
     def _rebalance(self) -> None:
-        """b goes down where an expert got more than the mean, up where less."""
+        """B goes down where an expert got more than the mean, up where less."""
         for layer in self.layers:
             load, node = self.loads.get(layer.name), layer.args[_BALANCE]
             if load is None or not isinstance(node, fx.Node):
                 continue
             own = self.balance[str(node.target)]
-            own -= self.recipe.balance_step * (load - load.double().mean()).sign().to(own.dtype)
+            own.copy_(rebalanced(own, load, self.recipe.balance_step))
 
     def merge(self) -> None:
         """Leave plain frozen weights behind."""

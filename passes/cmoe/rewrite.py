@@ -241,9 +241,7 @@ def _frozen(carving: Carving, kind: torch.dtype) -> dict[str, Any]:
     """Arguments as parameters in the model's dtype; what routes stays in float32."""
     found: dict[str, Any] = {}
     for name, value in carving.arguments().items():
-        if not isinstance(value, Tensor):
-            found[name] = value
-        elif name == "balance":
+        if not isinstance(value, Tensor) or name == "balance":
             found[name] = value
         else:
             routes = name in ("router", "router_bias", "gate_scale")

@@ -130,7 +130,10 @@ def gradients(grad: Tensor, wanted: list[bool], *args: Any) -> list[Tensor]:
         result = fast(*values)
         chosen = [value for value, want in zip(inputs, wanted, strict=True) if want]
         found = iter(torch.autograd.grad(result, chosen, grad, allow_unused=True))
-    return [_or_zeros(next(found), v) if w else grad.new_empty(0) for v, w in zip(inputs, wanted)]
+    return [
+        _or_zeros(next(found), value) if want else grad.new_empty(0)
+        for value, want in zip(inputs, wanted, strict=True)
+    ]
 
 
 def _or_zeros(found: Tensor | None, like: Tensor) -> Tensor:

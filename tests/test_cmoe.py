@@ -252,7 +252,7 @@ def test_layers_that_share_weights_are_carved_once() -> None:
 
 
 def test_two_functions_share_their_experts() -> None:
-    program, _, entry = captured("llama")
+    program, _, _ = captured("llama")
     program.functions["again"] = program.copy()
     carved, _ = Pipeline.of("cmoe{k-act=5}").run(program)
     other = carved.functions["again"]
@@ -261,7 +261,7 @@ def test_two_functions_share_their_experts() -> None:
 
 
 def test_the_callers_model_stays_as_it_is() -> None:
-    program, model, entry = captured("gpt2")
+    program, model, _ = captured("gpt2")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     Pipeline.of("cmoe{k-act=5}").run(program)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -318,8 +318,13 @@ def test_activations_are_told_by_their_values(middle: Any, name: str, gated: boo
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 @pytest.mark.parametrize(
-    "split", [lambda z: z.chunk(2, -1), lambda z: (z[..., :24], z[..., 24:]), lambda z: z.split(24, -1)]
-)  # fmt: skip
+    "split",
+    [
+        lambda z: z.chunk(2, -1),
+        lambda z: (z[..., :24], z[..., 24:]),
+        lambda z: z.split(24, -1),
+    ],
+)
 def test_fused_projections(split: Any, order: tuple[int, int]) -> None:
     def middle(m: Layer, x: Tensor) -> Tensor:
         parts = split(m.a(x))

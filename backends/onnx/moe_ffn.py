@@ -95,10 +95,11 @@ class _Layer:
     def _parts(self, stacked: fx.Node, *, transposed: bool) -> list[fx.Node]:
         """Each expert's own constant, as MatMul takes it."""
         build, value = self.build, self.build.program.weight(stacked).detach()
+        parts = value.transpose(1, 2) if transposed else value
         return [
-            build.weight(f"{stacked.target}_{number}", (part.t() if transposed else part).contiguous())
-            for number, part in enumerate(value)
-        ]  # fmt: skip
+            build.weight(f"{stacked.target}_{number}", part.contiguous())
+            for number, part in enumerate(parts)
+        ]
 
     def fused(self, tokens: fx.Node, choice: Choice, active: int) -> fx.Node:
         """com.microsoft::MoE with logits that give every chosen expert 1/A, times A."""
@@ -109,7 +110,7 @@ class _Layer:
                 "onnx", [f"com.microsoft::MoE can't express this layer: {problem}"],
                 hint="moe_strategy=unrolled",
             )  # fmt: skip
-        count, width, size = self.out.meta["val"].shape
+        _, width, size = self.out.meta["val"].shape
         value = tokens.meta["val"].dtype
         logits = build(aten.mul.Scalar, build(aten.logical_not.default, choice.mask), _FAR)
         logits = (

@@ -20,8 +20,8 @@ class OnnxOptions:
         external_above: Weights go to a file beside the model above this many bytes (protobuf's
             own limit is 2 GiB).
         opset: ONNX opset, None for the exporter's default.
-        moe_strategy: Experts as "unrolled" standard operators or as one "moe" operator of onnxruntime;
-            "auto" takes the faster one, which was unrolled at every number of tokens measured.
+        moe_strategy: Experts "unrolled" into standard operators or as one "moe" operator of
+            onnxruntime; "auto" is unrolled, the faster one at every number of tokens measured.
         threads: onnxruntime's threads when the artefact is run here; 0 leaves it to onnxruntime.
     """
 

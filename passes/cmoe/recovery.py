@@ -1,9 +1,9 @@
 """Recovery training of a carved program: low-rank adapters or all weights, and load balance.
 
-Source: CMoE, arXiv 2502.04416, fine-tuning recipe: Adam with betas 0.9 and 0.95, constant rate, rank
-8 and alpha 32, the gates' u at its own rate, and a balance bias moved by a fixed step against the
-load after every batch. The published code never trains u (its adapter library freezes it); here
-it is trained.
+Source: CMoE, arXiv 2502.04416, fine-tuning recipe: Adam with betas 0.9 and 0.95, constant rate,
+rank 8 and alpha 32, the gates' u at its own rate, and a balance bias moved by a fixed step against
+the load after every batch. The published code never trains u (its adapter library freezes it);
+here it is trained.
 
 Adapters are added to the weights, W + alpha/r B A, because a captured graph calls no modules that
 an adapter library could wrap; so there is no dropout in front of A. They are merged at the end.

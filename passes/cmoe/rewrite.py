@@ -45,7 +45,7 @@ from resplice.stream import Stream
 aten = torch.ops.aten
 _LAYOUT = re.compile(r"[sS](\d+)[aA](\d+)[eE](\d+)")
 SAFE_SHARE = 0.75
-"""Below this share of active neurons, training-free results were at chance level (7B, published)."""
+"""A smaller share of active neurons needs training: untrained 7B models fell to chance level."""
 
 
 @dataclass(frozen=True)

@@ -58,10 +58,9 @@ def fast(
             scores = expert_scores(
                 tokens, router, router_bias, experts_in.shape[0], activation, gated, score
             )
-            mask, gates = route(scores, gate_scale, balance, active)
-            chosen = chosen_indices(mask, active)
-            own = None if gate_scale is None else gates.gather(1, chosen).to(x.dtype)
-            routed = one.chosen(tokens, chosen, own)
+            scale = gate_scale if gate_scale is not None and _counts(gate_scale) else None
+            send = one.of_one_token if tokens.shape[0] == 1 else one.of_tokens
+            routed = send(tokens, scores, scale, balance, active)
         if result is None and out_bias is not None:
             routed = routed + out_bias
         result = routed if result is None else result + routed
@@ -87,12 +86,15 @@ class _Experts:
     def all(self, tokens: Tensor) -> Tensor:
         return torch.stack([self.one(tokens, e) for e in range(len(self.weight))]).sum(0)
 
-    def chosen(self, tokens: Tensor, chosen: Tensor, gates: Tensor | None) -> Tensor:
-        if tokens.shape[0] == 1:
-            return self._of_one_token(tokens, chosen, gates)
-        sent, count = Dispatch.of(chosen, len(self.weight)), chosen.shape[1]
-        rows = tokens[sent.order // count]
-        starts = [0, *sent.ends[:-1]]
+    def of_tokens(
+        self, tokens: Tensor, scores: Tensor, scale: Tensor | None, balance: Tensor | None,
+        active: int,
+    ) -> Tensor:  # fmt: skip
+        """Sorted by expert: one block of rows each."""
+        mask, gates = route(scores, scale, balance, active)
+        chosen = chosen_indices(mask, active)
+        sent = Dispatch.of(chosen, len(self.weight))
+        rows, starts = tokens[sent.order // active], [0, *sent.ends[:-1]]
         blocks = [
             self.one(rows[start:end], number)
             for number, (start, end) in enumerate(zip(starts, sent.ends, strict=True))
@@ -101,18 +103,34 @@ class _Experts:
         made = torch.cat(blocks) if blocks else rows.new_empty(0, self.out.shape[1])
         back = torch.empty_like(sent.order)
         back[sent.order] = torch.arange(len(back), device=back.device)
-        parts = made[back].unflatten(0, (-1, count))
-        total: Tensor = (parts if gates is None else parts * gates.unsqueeze(-1)).sum(1)
+        parts = made[back].unflatten(0, (-1, active))
+        if scale is not None:
+            parts = parts * gates.gather(1, chosen).to(parts.dtype).unsqueeze(-1)
+        total: Tensor = parts.sum(1)
         return total
 
-    def _of_one_token(self, token: Tensor, chosen: Tensor, gates: Tensor | None) -> Tensor:
-        parts = [self.one(token, number) for number in chosen[0].tolist()]
-        if gates is not None:
-            parts = [part * gates[:, i] for i, part in enumerate(parts)]
+    def of_one_token(
+        self, token: Tensor, scores: Tensor, scale: Tensor | None, balance: Tensor | None,
+        active: int,
+    ) -> Tensor:  # fmt: skip
+        """Views of the chosen experts' weights, chosen on the host as `moe_routing.route` does."""
+        values = scores[0].tolist()
+        p = scores if scale is None and balance is None else scores.softmax(-1)
+        wanted = values if balance is None else (p + balance.to(p.dtype))[0].tolist()
+        order = sorted(range(len(values)), key=lambda j: (-wanted[j], -values[j], j))[:active]
+        parts = [self.one(token, number) for number in order]
+        if scale is not None:
+            gates = (1 + p * scale.to(p.dtype)).to(token.dtype)
+            parts = [part * gates[:, j] for j, part in zip(order, parts, strict=True)]
         total = parts[0]
         for part in parts[1:]:
             total = total + part
         return total
+
+
+def _counts(scale: Tensor) -> bool:
+    """Whether gates may differ from one, or their gradient is wanted."""
+    return scale.requires_grad or bool(scale.any())
 
 
 def gradients(grad: Tensor, wanted: list[bool], *args: Any) -> list[Tensor]:

@@ -247,7 +247,7 @@ def _frozen(carving: Carving, kind: torch.dtype) -> dict[str, Any]:
             routes = name in ("router", "router_bias", "gate_scale")
             own = value.clone() if name == "out_bias" else value
             own = own.float() if routes and kind != torch.float64 else own.to(kind)
-            found[name] = nn.Parameter(own, requires_grad=False)
+            found[name] = nn.Parameter(own.contiguous(), requires_grad=False)
     return found
 
 

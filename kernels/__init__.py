@@ -3,6 +3,7 @@
 from resplice.kernels.hadamard import hadamard
 from resplice.kernels.moe_ffn import moe_ffn
 from resplice.kernels.quant_linear import quant_linear
+from resplice.kernels.quest_quantize import quest_quantize
 from resplice.kernels.tile_attention import tile_attention
 
-__all__ = ["hadamard", "moe_ffn", "quant_linear", "tile_attention"]
+__all__ = ["hadamard", "moe_ffn", "quant_linear", "quest_quantize", "tile_attention"]

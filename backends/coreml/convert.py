@@ -14,6 +14,7 @@ from resplice.backends.coreml.lower import Lowered, stands_for
 from resplice.backends.coreml.mil.tools import coremltools as ct
 from resplice.backends.coreml.mil.tools import silent
 from resplice.backends.coreml.options import CoremlOptions
+from resplice.backends.coreml.validation import validate, validated_once
 from resplice.dims import Dim
 from resplice.errors import LoweringError, UsageError
 from resplice.exported import lift
@@ -50,7 +51,7 @@ def convert_program(
     exported = lift(draft, dialect="ATEN")
     wide = {number for number, node in enumerate(nodes) if stands_for(node) in keep_wide}
     try:
-        with silent(), taught(), plain_input_shapes(), torch.no_grad():
+        with silent(), taught(), plain_input_shapes(), validated_once(), torch.no_grad():
             model = ct.convert(
                 exported,
                 inputs=_inputs(draft, program, options),
@@ -60,6 +61,7 @@ def convert_program(
                 convert_to="mlprogram",
                 skip_model_load=True,
             )
+        validate(model)
     except (LoweringError, UsageError):
         raise
     except Exception as error:

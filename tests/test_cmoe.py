@@ -520,3 +520,17 @@ def test_saving(tmp_path: Path) -> None:
     args, kwargs = entry.inputs(seed=9)
     again = resplice.load(tmp_path / "m.pt2")
     agree(tensors(small, args, kwargs), tensors(again, args, kwargs), 0.0)
+
+
+def test_explain_says_what_would_be_carved_and_saved(
+    factory_module: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from resplice.cli.app import run
+
+    assert run(["explain", f"{factory_module}:mlp", "-p", "cmoe{layout=S2A2E8 k-act=5}"]) == 0
+    out = capsys.readouterr().out
+    assert "64 neurons as S2A2E8" in out
+    assert "hit rate" in out
+    assert "of its FLOPs saved" in out
+    assert "warning: 50% of the neurons are active" in out
+    assert "maps 64 values to 5" in out

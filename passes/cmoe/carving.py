@@ -214,6 +214,11 @@ def carve(
     Raises:
         OpError: An argument is out of range.
     """
+    down, x = down.detach(), x.detach()
+    gate, up, gate_bias, up_bias, down_bias = (
+        value if value is None else value.detach()
+        for value in (gate, up, gate_bias, up_bias, down_bias)
+    )
     if gate is None and up is not None:
         ffn = Ffn(up, None, down, up_bias, None, down_bias, activation)
     elif gate is not None:

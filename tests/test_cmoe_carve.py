@@ -94,7 +94,7 @@ def test_there_are_vectors() -> None:
 
 
 def test_profiles_and_markers_are_the_vectors(vector: Vector) -> None:
-    near(vector["h_norm"], vector.ffn.cosine_hidden(vector.x))
+    near(vector["h_norm"], vector.ffn.unit().hidden_of_directions(vector.x))
     markers = profile_markers(vector.ffn, vector.x, vector.meta["K"])
     assert torch.equal(markers.matrix(), vector["markers"])
     assert torch.equal(markers.counts, vector["counts"].long())

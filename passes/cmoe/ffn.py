@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, normalize
+from torch.nn.functional import linear
 
 from resplice.errors import OpError
 from resplice.kernels.moe_routing import ACTIVATIONS
@@ -84,17 +84,24 @@ class Ffn:
             return linear(x, weight, bias)
         return linear(x, weight[rows], None if bias is None else bias[rows])
 
-    def cosine_hidden(self, x: Tensor) -> Tensor:
-        """Neurons with tokens and rows scaled to length one, as the published code profiles.
+    def unit(self) -> Ffn:
+        """The layer with input rows of length one, biases on the same scale."""
+        first, b1 = _unit(self.first, self.first_bias)
+        second, b2 = (None, None)
+        if self.second is not None:
+            second, b2 = _unit(self.second, self.second_bias)
+        return replace(self, first=first, second=second, first_bias=b1, second_bias=b2)
+
+    def hidden_of_directions(self, x: Tensor) -> Tensor:
+        """Neurons of tokens scaled to length one; after `unit`, what the published code profiles.
 
         A bias takes part in the same scale: act((w x + b) / (|w| |x|)).
         """
         length = x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        unit = x / length
-        h = ACTIVATIONS[self.activation](_cosine(unit, length, self.first, self.first_bias))
+        h = ACTIVATIONS[self.activation](_scaled(x, length, self.first, self.first_bias))
         if self.second is None:
             return h
-        return h * _cosine(unit, length, self.second, self.second_bias)
+        return h * _scaled(x, length, self.second, self.second_bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The dense layer: [..., d] -> [..., o]."""
@@ -122,12 +129,14 @@ class Ffn:
         return weight, torch.cat(biases)
 
 
-def _cosine(unit: Tensor, length: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    z = linear(unit, normalize(weight, dim=-1, eps=1e-12))
-    if bias is None:
-        return z
-    shift: Tensor = bias / weight.norm(dim=-1).clamp_min(1e-12) / length
-    return z + shift
+def _unit(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    length = weight.norm(dim=-1).clamp_min(1e-12)
+    return weight / length.unsqueeze(-1), None if bias is None else bias / length
+
+
+def _scaled(x: Tensor, length: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    z = linear(x / length, weight)
+    return z if bias is None else z + bias / length
 
 
 def _require(condition: bool, argument: str, what: str) -> None:

@@ -115,7 +115,7 @@ def profile_markers(ffn: Ffn, x: Tensor, k_act: int, profile: str = "code") -> M
         raise OpError(
             "carve", "k_act", f"is {k_act}; with {ffn.size} neurons it must be 1 to {ffn.size - 1}"
         )
-    hidden = ffn.cosine_hidden if profile == "code" else ffn.hidden
+    hidden = ffn.unit().hidden_of_directions if profile == "code" else ffn.hidden
     with torch.no_grad():
         marked = [mark(hidden(part), k_act).int() for part in chunks(x, ffn.size)]
     indices = torch.cat(marked) if marked else torch.empty(0, k_act, dtype=torch.int32)

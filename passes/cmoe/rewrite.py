@@ -57,8 +57,8 @@ class Cmoe(Pass):
     them make of the calibration data; give it as `calibration`, else the sample inputs serve. At
     any time the activations of one layer are held: tokens x width x 4 bytes for its input, a few
     times 32 MiB of neurons, a second copy of its input rows, and 8 n^2 bytes for the assignment of
-    n routed neurons. In a `torch.distributed` group every process profiles its own batches, and all get the same
-    layers.
+    n routed neurons. In a `torch.distributed` group every process profiles its own batches, and
+    all get the same layers.
     """
 
     name = "cmoe"

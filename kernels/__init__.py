@@ -2,11 +2,12 @@
 
 from resplice.kernels.hadamard import hadamard
 from resplice.kernels.merge_frames import merge_frames, unmerge_frames
+from resplice.kernels.moe_ffn import moe_ffn
 from resplice.kernels.quant_linear import quant_linear
 from resplice.kernels.quest_quantize import quest_quantize
 from resplice.kernels.tile_attention import tile_attention
 
 __all__ = [
-    "hadamard", "merge_frames", "quant_linear", "quest_quantize", "tile_attention",
+    "hadamard", "merge_frames", "moe_ffn", "quant_linear", "quest_quantize", "tile_attention",
     "unmerge_frames",
 ]  # fmt: skip

@@ -17,6 +17,7 @@ from resplice.compare import difference
 from resplice.cost import Cost, node_cost, program_cost
 from resplice.errors import CaptureError, OpError
 from resplice.kernels.hadamard import hadamard, hadamard_matrix, largest_block
+from resplice.kernels.moe_ffn import moe_ffn
 from resplice.kernels.quant_linear import dequantize, group_count, quant_linear
 from resplice.ops import NAMESPACE, Op, OpSample, all_ops, find_op
 from resplice.pipeline import Pipeline
@@ -269,7 +270,8 @@ def test_cost_grows_with_the_input(op: Op, sample: OpSample) -> None:
     once, twice = op.cost_rule(x, *rest), op.cost_rule(torch.cat((x, x)), *rest)
     assert twice.flops == 2 * once.flops
     assert twice.written == 2 * once.written
-    assert twice.read - once.read == x.nbytes
+    more = twice.read - once.read
+    assert more == x.nbytes or (op is moe_ffn and more > x.nbytes)  # more tokens, more experts
     assert once.written == op(*sample.args).nbytes
     assert once.read >= x.nbytes
     assert min(once.flops, once.read, once.written) >= 0

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 PASSES = {
     "canonicalize": "resplice.passes.canonicalize:Canonicalize",
+    "cmoe": "resplice.passes.cmoe:Cmoe",
     "cse": "resplice.passes.cse:Cse",
     "dce": "resplice.passes.dce:Dce",
     "fold": "resplice.passes.fold:Fold",

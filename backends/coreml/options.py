@@ -10,6 +10,7 @@ from resplice.errors import UsageError
 
 TARGETS = ("iOS16", "iOS17", "iOS18", "iOS26")
 PRECISIONS = ("fp16", "fp32")
+MOE_STRATEGIES = ("auto", "gather", "masked", "capacity")
 IO_DTYPES = ("fp16", "fp32", "int32")
 
 
@@ -26,6 +27,8 @@ class CoremlOptions:
         dtypes: Input or output name -> fp16, fp32 or int32 at the package's border.
         shapes: Input name -> admissible shapes. Named dynamic sizes become ranges unless an input
             is listed here; Core ML then prepares each shape ahead of time.
+        moe_strategy: Experts by "gather" (one token), "masked" or "capacity"; see `moe_ffn.py`.
+        moe_capacity: Room of each expert as a multiple of an even share, for "capacity".
         longest: Upper bound of a dynamic size that was captured without one.
     """
 
@@ -34,6 +37,8 @@ class CoremlOptions:
     names: Mapping[str, str] = field(default_factory=dict)
     dtypes: Mapping[str, str] = field(default_factory=dict)
     shapes: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    moe_strategy: Literal["auto", "gather", "masked", "capacity"] = "auto"
+    moe_capacity: float = 2.0
     longest: int = 4096
 
     def __post_init__(self) -> None:
@@ -44,6 +49,7 @@ class CoremlOptions:
         """
         _one_of("target", self.target, TARGETS)
         _one_of("precision", self.precision, PRECISIONS)
+        _one_of("moe_strategy", self.moe_strategy, MOE_STRATEGIES)
         for name, dtype in self.dtypes.items():
             _one_of(f"dtype of {name}", dtype, IO_DTYPES)
         if self.longest < 1:

@@ -32,7 +32,7 @@ class OnnxBuilder(Builder):
     def onnx(
         self,
         operator: str,
-        inputs: Sequence[fx.Node],
+        inputs: Sequence[fx.Node | None],
         attributes: Mapping[str, Any],
         *,
         sizes: Sequence[Any],
@@ -43,7 +43,7 @@ class OnnxBuilder(Builder):
 
         Args:
             operator: `com.microsoft::MatMulNBits`, or `Name` for the standard domain.
-            inputs: Input nodes.
+            inputs: Input nodes; None where an optional one is left out.
             attributes: Attributes of the operator.
             sizes: The result's sizes: ints, or nodes from `size`.
             dtype: The result's dtype.

@@ -21,6 +21,7 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.onnx._internal.exporter import _decomp, _fx_passes, _registration
 
+from resplice.backends.onnx.composite import expand_composites
 from resplice.errors import LoweringError
 from resplice.program import Program
 from resplice.quiet import quiet
@@ -50,6 +51,7 @@ def export_model(exported: ExportedProgram, program: Program, opset: int | None)
         raise LoweringError("onnx", _problems(error)) from error
     assert result is not None
     model: ir.Model = result.model
+    expand_composites(model)
     _clean_up(model)
     return model
 

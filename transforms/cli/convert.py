@@ -46,6 +46,10 @@ def convert(
     accuracy_level: Annotated[
         int | None, typer.Option(help="MatMulNBits: 4 int8 activations (fast), 0 float")
     ] = None,
+    moe_strategy: Annotated[
+        str | None,
+        typer.Option(help="experts: unrolled or moe (ONNX); gather, masked, capacity (Core ML)"),
+    ] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX opset")] = None,
     target: Annotated[
         str | None, typer.Option(help="Core ML: oldest system, iOS16, iOS17, iOS18, iOS26")
@@ -83,6 +87,7 @@ def convert(
         step(f"lowering to {to}")
         options = as_options(
             portable=portable, accuracy_level=accuracy_level, opset=opset, target=target,
+            moe_strategy=moe_strategy,
             precision=precision, names=pairs(name or [], "--name"), longest=longest,
             dtypes=pairs(dtype or [], "--dtype"), shapes=shape_lists(shapes or []),
         )  # fmt: skip

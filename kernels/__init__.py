@@ -2,6 +2,7 @@
 
 from resplice.kernels.hadamard import hadamard
 from resplice.kernels.quant_linear import quant_linear
+from resplice.kernels.rope3d import rope3d
 from resplice.kernels.tile_attention import tile_attention
 
-__all__ = ["hadamard", "quant_linear", "tile_attention"]
+__all__ = ["hadamard", "quant_linear", "rope3d", "tile_attention"]

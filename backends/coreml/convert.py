@@ -11,6 +11,7 @@ from torch import fx
 
 from resplice.backends.coreml.frontend import plain_input_shapes, taught
 from resplice.backends.coreml.lower import Lowered, stands_for
+from resplice.backends.coreml.precision import angle_nodes
 from resplice.backends.coreml.mil.tools import coremltools as ct
 from resplice.backends.coreml.mil.tools import silent
 from resplice.backends.coreml.options import CoremlOptions
@@ -48,7 +49,8 @@ def convert_program(
     for number, node in enumerate(nodes):
         node.meta["debug_handle"] = number
     exported = lift(draft, dialect="ATEN")
-    wide = {number for number, node in enumerate(nodes) if stands_for(node) in keep_wide}
+    angles = angle_nodes(draft.graph)
+    wide = {i for i, node in enumerate(nodes) if stands_for(node) in keep_wide or node in angles}
     try:
         with silent(), taught(), plain_input_shapes(), torch.no_grad():
             model = ct.convert(

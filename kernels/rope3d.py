@@ -31,7 +31,6 @@ def _verify(
     scaling: float = 1.0,
     pairs: bool = False,
     token_axis: int = -2,
-    wide: bool = False,
 ) -> None:
     def refuse(argument: str, what: str) -> None:
         raise OpError("rope3d", argument, what)
@@ -135,16 +134,13 @@ def _fast(
     scaling: float = 1.0,
     pairs: bool = False,
     token_axis: int = -2,
-    wide: bool = False,
 ) -> Tensor:
     """Half tables made once for all layers, no rotated copy of x; bits as in the reference."""
     cos, sin = _LAST.of(positions, inv_freq, axis_map, scaling)
-    kind = inv_freq.dtype if wide else x.dtype
-    cos, sin = (placed(table.to(kind), x.dim(), token_axis) for table in (cos, sin))
-    value = x.to(kind)
-    result = torch.empty_like(value)
-    _rotated_pair(*halves(value, pairs), cos, sin, halves(result, pairs))
-    return result.to(x.dtype)
+    cos, sin = (placed(table.to(x.dtype), x.dim(), token_axis) for table in (cos, sin))
+    result = torch.empty_like(x)
+    _rotated_pair(*halves(x, pairs), cos, sin, halves(result, pairs))
+    return result
 
 
 def halves(x: Tensor, pairs: bool) -> tuple[Tensor, Tensor]:
@@ -181,10 +177,10 @@ def _samples() -> Iterator[OpSample]:
                                                                  whole=True))  # fmt: skip
     yield OpSample(
         "tokens before heads, neighbours are pairs, scaled",
-        (*call((2, 6, 3, 16), lta, -3), 1.5, True, -3, True),
+        (*call((2, 6, 3, 16), lta, -3), 1.5, True, -3),
         grad=True,
     )
-    yield OpSample("no heads", (*call((2, 6, 16), lta), 1.0, True, -2, False))
+    yield OpSample("no heads", (*call((2, 6, 16), lta), 1.0, True, -2))
     yield OpSample("one row", call((1, 2, 3, 4), (0, 0), rows=1))
     x, positions, inv_freq, rows = call((2, 3, 5, 16), lta)
     yield OpSample("few angles", (x, positions, inv_freq[:7], rows), refused="not half")
@@ -200,7 +196,7 @@ def _samples() -> Iterator[OpSample]:
 
 @op(
     "rope3d(Tensor x, Tensor positions, Tensor inv_freq, int[] axis_map, float scaling=1.0,"
-    " bool pairs=False, int token_axis=-2, bool wide=False) -> Tensor",
+    " bool pairs=False, int token_axis=-2) -> Tensor",
     verify=_verify,
     cost=_cost,
     fake=lambda x, *_, **__: torch.empty_like(x),
@@ -215,7 +211,6 @@ def rope3d(
     scaling: float = 1.0,
     pairs: bool = False,
     token_axis: int = -2,
-    wide: bool = False,
 ) -> Tensor:
     """Rotate queries or keys.
 
@@ -227,20 +222,17 @@ def rope3d(
         scaling: Factor of cosines and sines.
         pairs: Channels (2n, 2n + 1) instead of (n, n + N).
         token_axis: Axis of the tokens, from the end: -2, or -3 where the heads come after them.
-        wide: Rotate in the dtype of `inv_freq` and round once; else cosines and sines are rounded
-            to the dtype of x first.
 
     Returns:
-        Shape and dtype of `x`. Angles are computed in the dtype of `inv_freq`.
+        Shape and dtype of `x`. Angles are computed in the dtype of `inv_freq`, cosines and sines
+        then rounded to that of `x`.
 
     Raises:
         OpError: Shapes, dtypes or rows do not fit together.
     """
     cos, sin = angle_tables(positions, inv_freq, axis_map, scaling)
-    kind = inv_freq.dtype if wide else x.dtype
-    value = x.to(kind)
-    cos, sin = (spread(placed(t.to(kind), x.dim(), token_axis), pairs) for t in (cos, sin))
-    return (value * cos + turned(value, pairs) * sin).to(x.dtype)
+    cos, sin = (spread(placed(t.to(x.dtype), x.dim(), token_axis), pairs) for t in (cos, sin))
+    return x * cos + turned(x, pairs) * sin
 
 
 def spread(table: Tensor, pairs: bool) -> Tensor:

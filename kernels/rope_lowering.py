@@ -19,21 +19,19 @@ aten = torch.ops.aten
 
 def lower(
     build: Any, x: Any, positions: Any, inv_freq: Any, axis_map: Sequence[int],
-    scaling: float = 1.0, pairs: bool = False, token_axis: int = -2, wide: bool = False,
+    scaling: float = 1.0, pairs: bool = False, token_axis: int = -2,
 ) -> Any:  # fmt: skip
     """Replace one rope3d; a table that an earlier call made is used again."""
     kind = x.meta["val"].dtype
-    work = inv_freq.meta["val"].dtype if wide else kind
     angles = _angles(build, positions, inv_freq, axis_map)
     tables = []
     for function in (aten.cos.default, aten.sin.default):
         table = build.shared(function, angles)
         table = table if scaling == 1.0 else build.shared(aten.mul.Tensor, table, scaling)
-        tables.append(_placed(build, _cast(build, table, work), x, pairs, token_axis))
-    value = _cast(build, x, work)
-    kept = build(aten.mul.Tensor, value, tables[0])
-    other = build(aten.mul.Tensor, _turned(build, value, pairs), tables[1])
-    return _cast(build, build(aten.add.Tensor, kept, other), kind)
+        tables.append(_placed(build, _cast(build, table, kind), x, pairs, token_axis))
+    kept = build(aten.mul.Tensor, x, tables[0])
+    other = build(aten.mul.Tensor, _turned(build, x, pairs), tables[1])
+    return build(aten.add.Tensor, kept, other)
 
 
 def _angles(build: Any, positions: Any, inv_freq: Any, axis_map: Sequence[int]) -> Any:

@@ -119,7 +119,7 @@ def layers(*options: Any, whole: bool = False, dynamic: bool = True) -> tuple[Pr
     return program, inputs(11 if dynamic else 7)
 
 
-@pytest.mark.parametrize("options", [(), (1.25, True, -2, True)], ids=["halves", "pairs"])
+@pytest.mark.parametrize("options", [(), (1.25, True, -2)], ids=["halves", "pairs"])
 @pytest.mark.parametrize("whole", [False, True], ids=["fractions", "whole"])
 def test_onnx_with_negative_positions(options: Any, whole: bool, tmp_path: Path) -> None:
     onnx = pytest.importorskip("resplice.backends.onnx")
@@ -134,7 +134,7 @@ def test_onnx_with_negative_positions(options: Any, whole: bool, tmp_path: Path)
     assert (nodes.count("Cos"), nodes.count("Sin")) == (1, 1), "tables are shared by the layers"
 
 
-@pytest.mark.parametrize("options", [(), (1.25, True, -2, True)], ids=["halves", "pairs"])
+@pytest.mark.parametrize("options", [(), (1.25, True, -2)], ids=["halves", "pairs"])
 def test_core_ml_with_negative_positions(options: Any, tmp_path: Path) -> None:
     coreml = pytest.importorskip("resplice.backends.coreml")
     program, (q, k, positions) = layers(*options)

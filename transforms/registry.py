@@ -23,6 +23,7 @@ PASSES = {
     "fold": "resplice.passes.fold:Fold",
     "quest": "resplice.passes.quest:Quest",
     "sta": "resplice.passes.sta:Sta",
+    "videorope": "resplice.passes.videorope:VideoRope",
 }
 BACKENDS = {
     "coreml": "resplice.backends.coreml:CoremlBackend",

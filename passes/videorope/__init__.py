@@ -1,5 +1,6 @@
 """VideoRoPE: positions, axis maps, score curves, rotary sites and the pass."""
 
+from resplice.passes.videorope.canonical import RotarySite, find_sites
 from resplice.passes.videorope.curve import Oscillation, oscillation, score_curve
 from resplice.passes.videorope.maps import (
     default_section,
@@ -13,13 +14,17 @@ from resplice.passes.videorope.positions import (
     build_position_ids,
     decode_positions,
 )
+from resplice.passes.videorope.rewrite import VideoRope
 
 __all__ = [
     "Oscillation",
+    "RotarySite",
     "Semantics",
+    "VideoRope",
     "build_position_ids",
     "decode_positions",
     "default_section",
+    "find_sites",
     "interleaved_map",
     "lta_by_rank",
     "lta_map",

@@ -61,19 +61,20 @@ def lines_of(program: Program, runner: Runner, tables: Tables) -> Lines:
     Raises:
         NoMatch: Its tokens are no grid of three axes, or its angles are no lines along one.
     """
+    kinds = {node.op for node in tables.origin}
+    if not kinds <= {"get_attr"} and not kinds <= {"placeholder"}:
+        names = ", ".join(node.name for node in tables.origin)
+        raise NoMatch(f"its tables are computed by {names}, not from angles", tables.first.cos)
     if tables.origin:
         tables.token_axis = token_axis(runner, tables.first)
     sizes = _grid(program, runner, tables)
     shape = tuple(runner._size(size) for size in sizes)
     if tables.terms:
         where, factors = _from_products(runner, tables)
-    elif all(node.op == "get_attr" for node in tables.origin):
+    elif kinds == {"get_attr"}:
         where, factors = _from_rows(runner, tables)
-    elif all(node.op == "placeholder" for node in tables.origin):
-        return _from_values(runner, tables, sizes, shape)
     else:
-        names = ", ".join(node.name for node in tables.origin)
-        raise NoMatch(f"its tables are computed by {names}, not from angles", tables.first.cos)
+        return _from_values(runner, tables, sizes, shape)
     if where.shape[0] != math.prod(shape):
         raise NoMatch("its angles are not one per token of the video", tables.first.cos)
     return _lines(where.reshape(*shape, -1), factors, sizes, tables.first.cos)

@@ -15,12 +15,11 @@ from torch import Tensor, fx
 
 from resplice.cases import fresh_inputs
 from resplice.passes.videorope.axial import Lines, lines_of
-from resplice.passes.videorope.follow import Runner, fresh_labels, roots
+from resplice.passes.videorope.follow import Runner, depends_on_inputs, fresh_labels, roots
 from resplice.passes.videorope.maps import AxisMap
 from resplice.passes.videorope.sites import (
     Tables,
     Term,
-    depends_on_inputs,
     find_tables,
     frequencies_of,
     position_index,
@@ -85,10 +84,13 @@ def find_sites(program: Program) -> Sites:
 def _site(program: Program, runner: Runner, tables: Tables) -> RotarySite:
     if not tables.terms and not tables.origin:
         raise NoMatch(tables.reason, tables.first.root)
-    if tables.terms and (
-        any(depends_on_inputs(term.positions) for term in tables.terms) or _one_row(runner, tables)
-    ):
-        return _language(runner, tables)
+    if any(depends_on_inputs(term.positions) for term in tables.terms):
+        return _batched(_language(runner, tables))
+    if tables.terms and _one_count(tables):
+        try:
+            return _batched(_language(runner, tables))
+        except NoMatch:  # several axes of a grid may share one count
+            pass
     lines = lines_of(program, runner, tables)
     _same_at_another_size(program, tables, lines)
     return RotarySite("axial", tables, lines.rates, lines.axes, lines=lines)
@@ -113,10 +115,18 @@ def _same_at_another_size(program: Program, tables: Tables, lines: Lines) -> Non
 # ---- language models -------------------------------------------------------------------------
 
 
-def _one_row(runner: Runner, tables: Tables) -> bool:
-    """Whether all angles of a token have one and the same element of one count."""
-    found = position_index(runner, tables)
-    return len(found) == 1 and bool((found[0][2] == found[0][2][..., :1]).all())
+def _one_count(tables: Tables) -> bool:
+    """Whether all positions come from one value of one or two axes, such as an `arange`."""
+    found = {node for term in tables.terms for node in roots(term.positions, lambda _: False)}
+    return len(found) == 1 and next(iter(found)).meta["val"].dim() <= 2
+
+
+def _batched(site: RotarySite) -> RotarySite:
+    """The site, if what it rotates has a batch axis before its tokens."""
+    root = site.tables.first.root
+    if -site.tables.token_axis >= root.meta["val"].dim():
+        raise NoMatch("what it rotates has no batch axis before its tokens", root)
+    return site
 
 
 def _language(runner: Runner, tables: Tables) -> RotarySite:

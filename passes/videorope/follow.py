@@ -25,7 +25,8 @@ MOVING = frozenset(
      "aten.flatten", "aten.unflatten", "aten.unsqueeze", "aten.squeeze", "aten.expand",
      "aten.expand_as", "aten.permute", "aten.transpose", "aten.t", "aten.repeat_interleave",
      "aten.repeat", "aten.index_select", "aten.slice_scatter", "aten.select_scatter", "aten.copy",
-     "aten.movedim", "aten.narrow", "aten.meshgrid", "aten.tile", "aten.flip", "aten.index"}
+     "aten.movedim", "aten.narrow", "aten.meshgrid", "aten.tile", "aten.flip", "aten.index",
+     "aten.where"}
 )  # fmt: skip
 """Operators whose results hold elements of their tensor inputs and nothing else."""
 KEEPING = frozenset(
@@ -139,11 +140,13 @@ class Runner:
     ) -> Any:
         def replaced(n: fx.Node) -> Any:
             value = n.meta.get("val")
-            is_index = name in _INDEXED and n is not node.args[0]
-            is_data = isinstance(value, torch.Tensor | list | tuple) and not is_index
-            return self._label(n, known, through) if is_data else self.value(n)
+            if isinstance(value, torch.Tensor | list | tuple) and n not in indices:
+                return self._label(n, known, through)
+            if isinstance(value, torch.Tensor) and depends_on_inputs(n):
+                raise NoMatch(f"what {name} picks depends on an input", node)
+            return self.value(n)
 
-        name = target_name(node)
+        name, indices = target_name(node), _indices(node)
         args, kwargs = fx.map_arg((node.args, node.kwargs), replaced)
         if name == "aten.copy":
             return args[1].expand_as(args[0])
@@ -153,7 +156,12 @@ class Runner:
         return node.target(*args, **kwargs)
 
 
-_INDEXED = ("aten.index_select", "aten.index")
+def _indices(node: fx.Node) -> list[fx.Node]:
+    """Inputs that say which elements, not what they are."""
+    name, inputs = target_name(node), node.all_input_nodes
+    if name in ("aten.index_select", "aten.index"):
+        return [n for n in inputs if n is not node.args[0]]
+    return inputs[:1] if name == "aten.where" else []
 
 
 def _first(node: fx.Node) -> fx.Node:
@@ -177,11 +185,11 @@ def moves(node: fx.Node) -> bool:
 
 def data_inputs(node: fx.Node) -> list[fx.Node]:
     """The inputs of a moving operator that hold its elements: no sizes, no indices."""
-    if target_name(node) in _INDEXED:
-        return [_first(node)]
+    indices = _indices(node)
     return [
-        n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor | list | tuple)
-    ]
+        n for n in node.all_input_nodes
+        if n not in indices and isinstance(n.meta.get("val"), torch.Tensor | list | tuple)
+    ]  # fmt: skip
 
 
 def roots(node: fx.Node, stop: Callable[[fx.Node], bool]) -> list[fx.Node]:
@@ -202,3 +210,21 @@ def roots(node: fx.Node, stop: Callable[[fx.Node], bool]) -> list[fx.Node]:
         elif target_name(top) not in _BLANK:
             found.append(top)
     return sorted(found)
+
+
+def depends_on_inputs(node: fx.Node) -> bool:
+    """Whether a value depends on what an input holds; its sizes do not count."""
+    stack, seen = [node], set[fx.Node]()
+    while stack:
+        top = stack.pop()
+        if top in seen:
+            continue
+        seen.add(top)
+        if top.op == "placeholder":
+            return True
+        blank = target_name(top) in ("aten.zeros_like", "aten.ones_like", "aten.empty_like")
+        stack += [
+            n for n in top.all_input_nodes
+            if not blank and not isinstance(n.meta.get("val"), torch.SymInt | int)
+        ]  # fmt: skip
+    return False

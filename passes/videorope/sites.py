@@ -226,7 +226,8 @@ def by_angle(runner: Runner, table: fx.Node, found: Tensor, tables: Tables) -> T
         NoMatch: Heads differ, or the two channels of a pair do.
     """
     angles = runner.shape(tables.first.root)[-1] // 2
-    while found.dim() < len(runner.shape(tables.first.root)):
+    rank = len(runner.shape(tables.first.root))
+    while found.dim() < rank + (tables.token_axis == -rank):
         found = found.unsqueeze(0)
     for axis in range(1, found.dim() - 1):
         if axis - found.dim() != tables.token_axis and found.shape[axis] != 1:
@@ -248,8 +249,9 @@ def token_axis(runner: Runner, application: Application) -> int:
     """
     shape = runner.shape(application.root)
     table = [1] * len(shape) + list(runner.shape(application.cos))
-    for axis in range(-2, -len(shape), -1):
-        others = [table[a] for a in range(-2, -len(shape), -1) if a != axis]
+    inner = range(-2, -len(shape), -1)
+    for axis in (*inner, -len(shape)):
+        others = [table[a] for a in inner if a != axis]
         if table[axis] == shape[axis] and all(size == 1 for size in others):
             return axis
     raise NoMatch("its tables differ between heads, or have no axis of tokens", application.cos)
@@ -275,8 +277,9 @@ def _term(runner: Runner, product: fx.Node, shape: tuple[int, ...], picked: Tens
     """Tell the factors apart: frequencies vary along one axis, from angle to angle."""
     index = torch.stack(torch.unravel_index(picked, shape), -1)  # [B, S, n, rank]
     between_tokens = [(index[..., a] != index[:1, :1, :, a]).any() for a in range(len(shape))]
-    for positions, frequencies in itertools.permutations(_factors(product)):
-        size = _aligned(runner.shape(frequencies), len(shape), product, frequencies)
+    for positions, spread in itertools.permutations(_factors(product)):
+        frequencies = _unexpanded(spread)
+        size = _aligned(runner.shape(frequencies), len(shape), product, spread)
         axes = [a for a, length in enumerate(size) if length > 1]
         if len(axes) > 1 or not _is_constant(frequencies):
             continue
@@ -285,6 +288,13 @@ def _term(runner: Runner, product: fx.Node, shape: tuple[int, ...], picked: Tens
         if axis is not None and along[axis] == 1 and not between_tokens[axis]:
             return Term(product, positions, frequencies, axis - len(shape))
     raise NoMatch("its angles are no product of positions and constant frequencies", product)
+
+
+def _unexpanded(node: fx.Node) -> fx.Node:
+    """Before axes of size 1 were spread."""
+    while target_name(node) == "aten.expand":
+        node = data_inputs(node)[0]
+    return node
 
 
 def _factors(product: fx.Node) -> list[fx.Node]:
@@ -324,24 +334,6 @@ def _is_constant(node: fx.Node) -> bool:
             return False
         stack += top.all_input_nodes
     return True
-
-
-def depends_on_inputs(node: fx.Node) -> bool:
-    """Whether a value depends on what an input holds; its sizes do not count."""
-    stack, seen = [node], set[fx.Node]()
-    while stack:
-        top = stack.pop()
-        if top in seen:
-            continue
-        seen.add(top)
-        if top.op == "placeholder":
-            return True
-        blank = target_name(top) in ("aten.zeros_like", "aten.ones_like", "aten.empty_like")
-        stack += [
-            n for n in top.all_input_nodes
-            if not blank and not isinstance(n.meta.get("val"), torch.SymInt | int)
-        ]  # fmt: skip
-    return False
 
 
 # ---- canonical form ------------------------------------------------------------------------

@@ -131,6 +131,8 @@ def _explanation(steps: list[Step], before: Program, after: Program) -> str:
 
 
 def _metrics(metrics: dict[str, Any]) -> str:
+    if metrics.get("summary"):
+        return f": {metrics['summary']}"
     if metrics.get("sqnr_db") is None:
         return ""
     return f": {metrics['sqnr_db']:.1f} dB"

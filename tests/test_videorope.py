@@ -22,7 +22,7 @@ from resplice.spec import parse, print_passes
 
 FAMILIES = list(SECTIONS)
 LAYOUT = [[0] * 3 + [2] * 12 + [0] * 4, [0] * 1 + [1] * 6 + [0] * 12]
-GRIDS = [[(2, 2, 3)], [(1, 2, 3)]]
+GRIDS = [[(2, 2, 3)], [(1, 1, 6)]]
 
 
 def inputs_of(family: str, types: Tensor, positions: Tensor | None = None) -> dict[str, Any]:

@@ -184,10 +184,16 @@ def _samples() -> Iterator[OpSample]:
     yield OpSample("one row", call((1, 2, 3, 4), (0, 0), rows=1))
     x, positions, inv_freq, rows = call((2, 3, 5, 16), lta)
     yield OpSample("few angles", (x, positions, inv_freq[:7], rows), refused="not half")
-    yield OpSample("short map", (x, positions, inv_freq, rows[:7]), refused="7 entries for 8 angles")
+    yield OpSample(
+        "short map", (x, positions, inv_freq, rows[:7]), refused="7 entries for 8 angles"
+    )
     yield OpSample("no such row", (x, positions[:2], inv_freq, rows), refused="outside the 2")
-    yield OpSample("other tokens", (x, positions[..., :4], inv_freq, rows), refused="are for [2, 4]")
-    yield OpSample("half positions", (x, positions.half(), inv_freq, rows), refused="count past 2048")
+    yield OpSample(
+        "other tokens", (x, positions[..., :4], inv_freq, rows), refused="are for [2, 4]"
+    )
+    yield OpSample(
+        "half positions", (x, positions.half(), inv_freq, rows), refused="count past 2048"
+    )
     yield OpSample("integer x", (x.long(), positions, inv_freq, rows), refused="not floating point")
     yield OpSample(
         "tokens in the batch", (x, positions, inv_freq, rows, 1.0, False, -4), refused="lie between"

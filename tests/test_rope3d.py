@@ -83,9 +83,7 @@ def test_equal_distances_give_equal_scores() -> None:
     inv_freq, rows = ladder(8).double(), list(lta_map((2, 3, 3)))
 
     def score(at: Tensor, to: Tensor) -> float:
-        a, b = (
-            rope3d(x, p.reshape(3, 1, 1), inv_freq, rows) for x, p in ((q, at), (k, to))
-        )
+        a, b = (rope3d(x, p.reshape(3, 1, 1), inv_freq, rows) for x, p in ((q, at), (k, to)))
         return float((a * b).sum())
 
     at, to, shift = torch.randn(3, 3, dtype=torch.float64) * 50

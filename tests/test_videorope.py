@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from rope_models import LTA, SECTIONS, VOCAB, WIDTH, eager_videorope, language_model, run_eager
+from rope_models import LTA, SECTIONS, WIDTH, eager_videorope, language_model, run_eager
 from torch import Tensor, nn
 
 import resplice
-import resplice.passes.videorope
 from resplice.errors import InputError, SpecError, UsageError
 from resplice.kernels.rope3d import rope3d
-from resplice.passes.videorope import build_position_ids, decode_positions
+from resplice.passes.videorope import build_position_ids
 from resplice.pipeline import Pipeline
 from resplice.program import Program
 from resplice.spec import parse, print_passes
@@ -294,9 +293,7 @@ def test_fractions_need_float_positions(family: str) -> None:
     inputs = inputs_of(family, torch.tensor(LAYOUT), positions)
     model, _ = captured(family)
     expected = run_eager(eager_videorope(model, LTA[family]), positions, **inputs)
-    assert torch.equal(
-        rewritten_call(result, inputs, positions), expected.last_hidden_state
-    )
+    assert torch.equal(rewritten_call(result, inputs, positions), expected.last_hidden_state)
 
 
 def test_sections_and_switches() -> None:
@@ -330,7 +327,7 @@ def test_the_program_says_which_positions_it_wants(spec: str, semantics: str) ->
     namespace = {
         "resplice": resplice, "token_types": torch.tensor(LAYOUT), "grids": GRIDS,
     }  # fmt: skip
-    made, _ = eval(note["build"], namespace)  # noqa: S307  # what the message tells the user to run
+    made, _ = eval(note["build"], namespace)  # what the message tells the user to run
     assert made.resplice_positions == semantics
 
 

@@ -114,9 +114,7 @@ def ltx(sizes: dict[str, int], delta: float) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("name", "replaced", "delta"), [("wan", wan, 0.5), ("hunyuanvideo", hunyuan, 2.0)]
 )
-def test_the_frequency_function_of_an_eager_model(
-    name: str, replaced: Any, delta: float
-) -> None:
+def test_the_frequency_function_of_an_eager_model(name: str, replaced: Any, delta: float) -> None:
     """At a size other than the captured one; tables of these models are float32 (1e-5)."""
     program, model, entry = captured(name)
     result, steps = Pipeline.of(f"videorope{{delta={delta:g}}}").run(program)
@@ -185,7 +183,7 @@ def test_switches_and_refusals() -> None:
     assert flat.weight(node.args[1])[1, 0, :5].tolist() == [0, 0, 0, 0, 1]
     for name, reason in {
         "mochi": "each of its angles mixes several axes (aten.einsum)",
-        }.items():
+    }.items():
         program, _, _ = captured(name, dynamic=False)
         _, steps = Pipeline.of("videorope").run(program)
         assert steps[-1].sites == 0
@@ -194,4 +192,4 @@ def test_switches_and_refusals() -> None:
     inputs = entry.inputs(seed=1, **{**SIZES, "frames": 1})
     still = resplice.capture(entry.model(), resplice.Sample(*inputs), check=False)
     _, steps = Pipeline.of("videorope").run(still)
-    assert "capture at least 2 of each" in steps[-1].changes[0].refusals[0].reason
+    assert "not the three axes of a video" in steps[-1].changes[0].refusals[0].reason

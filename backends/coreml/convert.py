@@ -11,10 +11,10 @@ from torch import fx
 
 from resplice.backends.coreml.frontend import plain_input_shapes, taught
 from resplice.backends.coreml.lower import Lowered, stands_for
-from resplice.backends.coreml.precision import angle_nodes
 from resplice.backends.coreml.mil.tools import coremltools as ct
 from resplice.backends.coreml.mil.tools import silent
 from resplice.backends.coreml.options import CoremlOptions
+from resplice.backends.coreml.precision import angle_nodes
 from resplice.dims import Dim
 from resplice.errors import LoweringError, UsageError
 from resplice.exported import lift

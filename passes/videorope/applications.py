@@ -63,7 +63,7 @@ def find_applications(program: Program, runner: Runner) -> list[Application]:
 
 def _whole(program: Program, runner: Runner) -> Iterator[Application]:
     for root in _calls(program, aten.add.Tensor):
-        products = [n for n in root.args[:2] if _is_product(n)]
+        products: list[Any] = [n for n in root.args[:2] if _is_product(n)]
         if len(products) != 2 or root.kwargs:
             continue
         for kept, other in (products, products[::-1]):
@@ -73,18 +73,21 @@ def _whole(program: Program, runner: Runner) -> Iterator[Application]:
                 break
 
 
-def _whole_at(
-    runner: Runner, root: fx.Node, kept: fx.Node, other: fx.Node
-) -> Application | None:
-    for turned, sin in (other.args[:2], other.args[1::-1]):
+def _whole_at(runner: Runner, root: fx.Node, kept: fx.Node, other: fx.Node) -> Application | None:
+    for turned, sin in _both_orders(other):
         if not _turns(turned):
             continue
-        for x, cos in (kept.args[:2], kept.args[1::-1]):
+        for x, cos in _both_orders(kept):
             pairs = _pairing(runner, turned, x)
             same_shape = pairs is not None and _same_shape(root, x)
-            if same_shape and isinstance(cos, fx.Node) and isinstance(sin, fx.Node):
+            if same_shape:
                 return Application(root, x, cos, sin, bool(pairs), (root, kept, other))
     return None
+
+
+def _both_orders(product: Any) -> tuple[tuple[fx.Node, fx.Node], tuple[fx.Node, fx.Node]]:
+    a, b = product.args[:2]
+    return (a, b), (b, a)
 
 
 def _turns(node: Any) -> bool:
@@ -163,16 +166,17 @@ def _factors(node: fx.Node) -> list[fx.Node]:
 
 
 def _split_at(runner: Runner, low: fx.Node, high: fx.Node) -> Application | None:
-    first, second = (product.args[:2] for product in low.args[:2])  # type: ignore[union-attr]
+    first, second = (_both_orders(product) for product in low.args[:2])
     sums = [set(product.args[:2]) for product in high.args[:2]]  # type: ignore[union-attr]
-    for a, cos in (first, first[::-1]):
-        for b, sin in (second, second[::-1]):
+    for a, cos in first:
+        for b, sin in second:
             crossed = [{b, cos}, {a, sin}]
             if sums in (crossed, crossed[::-1]) and (root := _joined(runner, low, high)):
                 node, pairs = root
                 x = _source(runner, a, b, node, pairs)
                 if x is not None:
-                    own = (node, low, high, *low.args[:2], *high.args[:2])
+                    products: list[Any] = [*low.args[:2], *high.args[:2]]
+                    own = (node, low, high, *products)
                     return Application(node, x, cos, sin, pairs, own)
     return None
 
@@ -184,7 +188,9 @@ def _joined(runner: Runner, low: fx.Node, high: fx.Node) -> tuple[fx.Node, bool]
     whole = {False: torch.cat((a, b), -1), True: torch.stack((a, b), -1).flatten(-2)}
     node: fx.Node | None = low
     for _ in range(6):
-        node = next((u for u in sorted(node.users) if moves(u) or _writes(u)), None) if node else None
+        node = (
+            next((u for u in sorted(node.users) if moves(u) or _writes(u)), None) if node else None
+        )
         if node is None:
             return None
         try:
@@ -208,9 +214,7 @@ def _source(runner: Runner, a: Any, b: Any, root: fx.Node, pairs: bool) -> fx.No
         if runner.shape(candidate) != wanted or not _same_shape(candidate, root):
             continue
         labels = fresh_labels(wanted)
-        expected = (
-            (labels[..., 0::2], labels[..., 1::2]) if pairs else tuple(labels.chunk(2, -1))
-        )
+        expected = (labels[..., 0::2], labels[..., 1::2]) if pairs else tuple(labels.chunk(2, -1))
         try:
             halves = [runner.labels(half, {candidate: labels}) for half in (a, b)]
         except NoMatch:

@@ -116,9 +116,7 @@ def _from_rows(runner: Runner, tables: Tables) -> tuple[Tensor, Tensor]:
             labels[node] = fresh_labels(tuple(value.shape), start)
             start += value.numel()
         found = by_angle_first(runner, table, labels, tables)
-        owner = next(
-            (n for n, own in labels.items() if bool(torch.isin(found, own).all())), None
-        )
+        owner = next((n for n, own in labels.items() if bool(torch.isin(found, own).all())), None)
         if owner is None:
             raise NoMatch("its tables are joined from several constants", table)
         row, column = torch.unravel_index(found - int(labels[owner].min()), labels[owner].shape)
@@ -189,7 +187,9 @@ def _line(values: Tensor, at: fx.Node) -> tuple[int, float, float]:
         if values.shape[axis] > 1 and bool((values.diff(dim=axis).abs() > 1e-9).any())
     ]  # fmt: skip
     if not moving and 1 in values.shape:
-        raise NoMatch("an axis of size 1 hides which angles follow it: capture at least 2 of each", at)
+        raise NoMatch(
+            "an axis of size 1 hides which angles follow it: capture at least 2 of each", at
+        )
     if len(moving) != 1:
         raise NoMatch(f"its angles follow {len(moving)} axes at once, not one", at)
     axis = moving[0]
@@ -201,9 +201,7 @@ def _line(values: Tensor, at: fx.Node) -> tuple[int, float, float]:
     return axis, step, float(line[0])
 
 
-def _from_values(
-    runner: Runner, tables: Tables, sizes: Any, shape: tuple[int, ...]
-) -> Lines:
+def _from_values(runner: Runner, tables: Tables, sizes: Any, shape: tuple[int, ...]) -> Lines:
     """Lines in tables that are inputs, from the values of the sample."""
     first = tables.first
     cos, sin = (
@@ -216,7 +214,9 @@ def _from_values(
     phases = torch.atan2(sin, cos).reshape(*shape, -1)
     lines = [phases[:, 0, 0], phases[0, :, 0], phases[0, 0, :]]
     rates = torch.stack([slopes(line) for line in lines])  # [3, N]
-    grid = torch.stack(torch.meshgrid(*(torch.arange(n).double() for n in shape), indexing="ij"), -1)
+    grid = torch.stack(
+        torch.meshgrid(*(torch.arange(n).double() for n in shape), indexing="ij"), -1
+    )
     left = _wrapped(phases - phases[0, 0, 0] - grid @ rates)
     extent = torch.tensor([n - 1.0 for n in shape], dtype=torch.float64)[:, None]
     moving = (rates * extent).abs() > _STILL

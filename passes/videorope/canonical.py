@@ -1,8 +1,8 @@
 """Sites and their canonical form: which kind, which positions, which axis map.
 
-    rows     positions of several rows, [3 or 4, B, S]: M-RoPE of any layout
-    single   one row of positions, an input or an `arange`: plain RoPE
-    axial    positions counted in the graph along t, h and w of a video: video transformers
+rows     positions of several rows, [3 or 4, B, S]: M-RoPE of any layout
+single   one row of positions, an input or an `arange`: plain RoPE
+axial    positions counted in the graph along t, h and w of a video: video transformers
 """
 
 from __future__ import annotations
@@ -101,13 +101,13 @@ def _same_at_another_size(program: Program, tables: Tables, lines: Lines) -> Non
     if not program.dims or not lines.computed:
         return
     other = Runner(program, fresh_inputs(program, seed=1, second_size=True))
-    again = next(
-        (t for t in find_tables(program, other) if t.key == tables.key), None
-    )
+    again = next((t for t in find_tables(program, other) if t.key == tables.key), None)
     found = lines_of(program, other, again) if again is not None else None
     scale = lines.rates.abs().clamp_min(1e-6)
-    if found is None or found.axes != lines.axes or bool(
-        ((found.rates - lines.rates).abs() > 1e-3 * scale).any()
+    if (
+        found is None
+        or found.axes != lines.axes
+        or bool(((found.rates - lines.rates).abs() > 1e-3 * scale).any())
     ):
         raise NoMatch("its frequencies change with the size of the video", tables.first.cos)
 
@@ -156,9 +156,7 @@ def _source(tables: Tables) -> fx.Node:
     return found.pop()
 
 
-def _rows_site(
-    runner: Runner, tables: Tables, source: fx.Node, index: Tensor
-) -> RotarySite:
+def _rows_site(runner: Runner, tables: Tables, source: fx.Node, index: Tensor) -> RotarySite:
     """Positions [R, B, S]: which row each angle follows, in order t, h, w."""
     count = runner.shape(source)[0]
     row = index[:1, :1, :, 0]

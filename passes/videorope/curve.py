@@ -39,7 +39,12 @@ class Oscillation:
 
 
 def score_curve(
-    inv_freq: Tensor, axis_map: Sequence[int], *, axis: int = 0, step: float = 1.0, frames: int = 3000
+    inv_freq: Tensor,
+    axis_map: Sequence[int],
+    *,
+    axis: int = 0,
+    step: float = 1.0,
+    frames: int = 3000,
 ) -> Tensor:
     """S(g) of the band that follows a row.
 

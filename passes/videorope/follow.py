@@ -1,8 +1,8 @@
 """Following elements through a graph: run the operators that only move values on labels.
 
-    labels of a source: 1, 2, 3, ...; the graph from there on is executed, on labels instead of
-    values; what comes out says for every element which source element it is (0: none, negative:
-    negated). Splits, selections, strided writes and concatenations need no rule of their own.
+labels of a source: 1, 2, 3, ...; the graph from there on is executed, on labels instead of
+values; what comes out says for every element which source element it is (0: none, negative:
+negated). Splits, selections, strided writes and concatenations need no rule of their own.
 """
 
 from __future__ import annotations
@@ -147,7 +147,8 @@ class Runner:
             return self.value(n)
 
         name, indices = target_name(node), _indices(node)
-        args, kwargs = fx.map_arg((node.args, node.kwargs), replaced)
+        mapped: Any = fx.map_arg((node.args, node.kwargs), replaced)
+        args, kwargs = mapped
         if name == "aten.copy":
             return args[1].expand_as(args[0])
         if node.target is operator.getitem:

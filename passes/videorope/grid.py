@@ -1,6 +1,6 @@
 """Positions of a video that are counted in the graph: [3, 1, T*H*W], at any size.
 
-    t' = delta t      h' = t' + h - (H-1)//2      w' = t' + w - (W-1)//2        (diagonal layout)
+t' = delta t      h' = t' + h - (H-1)//2      w' = t' + w - (W-1)//2        (diagonal layout)
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def grid_positions(build: Builder, lines: Lines, meaning: Semantics) -> fx.Node:
         meaning: Which positions.
     """
     if all(isinstance(size, int) for size in lines.sizes):
-        t, h, w = (int(size) for size in lines.sizes)
-        found, _ = block_positions((t, h, w), 0.0, meaning)
+        found, _ = block_positions(lines.sizes, 0.0, meaning)
         value = torch.from_numpy(found + lines.offset).to(lines.dtype)
-        return build.constant(f"videorope.positions_{t}_{h}_{w}", value[:, None].contiguous())
+        name = "_".join(map(str, lines.sizes))
+        return build.constant(f"videorope.positions_{name}", value[:, None].contiguous())
     sizes = [_size(build, size) for size in lines.sizes]
     t, h, w = (_axis(build, size, place, lines) for place, size in enumerate(sizes))
     if meaning.scheme == "videorope" and meaning.delta != 1.0:
@@ -74,6 +74,6 @@ def _size(build: Builder, size: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             continue
         for axis, own in enumerate(value.shape):
-            if isinstance(own, torch.SymInt) and expression(own) == wanted:
+            if expression(own) == wanted:
                 return build.size(node, axis)
     raise AssertionError(size)  # the grid was read from a value of this graph

@@ -163,7 +163,7 @@ def decode_positions(rope_delta: Any, index: int, count: int = 1) -> torch.Tenso
 def block_positions(grid: Grid, cursor: float, meaning: Semantics) -> tuple[np.ndarray, float]:
     """Positions [3, T*H*W] of one vision block that starts at a cursor, and the cursor after it."""
     t_size, h_size, w_size = grid
-    f, h, w = (a.reshape(-1).astype(float) for a in np.indices(grid))
+    f, h, w = (a.reshape(-1).astype(float) for a in list(np.indices(grid)))
     if meaning.scheme in ("mrope", "mrope-5"):
         c = meaning.tokens_per_grid if meaning.scheme == "mrope-5" else 1.0
         rows = np.stack((cursor + np.trunc(f * c), cursor + h, cursor + w))
@@ -204,12 +204,14 @@ def _row(types: np.ndarray, blocks: Sequence[Grid], meaning: Semantics, row: int
 def _indices(types: np.ndarray, blocks: Sequence[Grid], meaning: Semantics, row: int) -> np.ndarray:
     """One and the same number on all rows: the index, for `tad` plus the frame-collapsed one."""
     index = np.arange(len(types), dtype=float)
-    frames, place = [np.zeros(0)], 0
+    frames: list[np.ndarray] = []
+    place = 0
     for grid, length in _segments(types, blocks, row):
         steps, each = (length, 1) if grid is None else (grid[0], grid[1] * grid[2])
-        frames.append(place + np.repeat(np.arange(steps), each))
+        frames.append(place + np.repeat(np.arange(steps, dtype=float), each))
         place += steps
-    found = index + np.concatenate(frames) if meaning.scheme == "tad" else index
+    tad = meaning.scheme == "tad" and len(types)
+    found = index + np.concatenate(frames) if tad else index
     return np.tile(found, (3, 1))
 
 

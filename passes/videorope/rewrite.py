@@ -288,7 +288,9 @@ class _Work:
             build = Builder(self.program, user, self.item.name)
             user.replace_input_with(node, build(torch.ops.aten.to.dtype, node, kind))
         infer(self.program)
-        self.change.notes.append(f"input {node.name} is float32 now, since positions have fractions")
+        self.change.notes.append(
+            f"input {node.name} is float32 now, since positions have fractions"
+        )
 
     def _metrics(self, site: RotarySite, after: AxisMap) -> dict[str, Any]:
         moving = [n for n, rate in enumerate(site.inv_freq.tolist()) if rate]
@@ -331,4 +333,3 @@ class _Work:
 
 def _fields(semantics: Semantics) -> dict[str, Any]:
     return {name: getattr(semantics, name) for name in semantics.__dataclass_fields__}
-

@@ -160,7 +160,9 @@ def _refuse_other_readers(tables: Tables) -> None:
             if user in known:
                 continue
             if not moves(user) and _scale(user) is None:
-                raise NoMatch(f"its tables are also read by {user.name}, which is no rotation", user)
+                raise NoMatch(
+                    f"its tables are also read by {user.name}, which is no rotation", user
+                )
             stack.append(user)
 
 
@@ -201,15 +203,20 @@ def _products(angle: fx.Node) -> list[fx.Node]:
     for node in found:
         name = target_name(node)
         if name == "aten.einsum" or (name == "aten.matmul" and not _is_outer(node)):
-            raise NoMatch(f"each of its angles mixes several axes ({name}): none belongs to one", node)
+            raise NoMatch(
+                f"each of its angles mixes several axes ({name}): none belongs to one", node
+            )
         if name not in ("aten.mul", "aten.outer", "aten.matmul", "aten.bmm"):
-            raise NoMatch(f"its angles come from {name}, not from positions times frequencies", node)
+            raise NoMatch(
+                f"its angles come from {name}, not from positions times frequencies", node
+            )
     return found
 
 
 def _is_outer(node: fx.Node) -> bool:
     left, right = (n.meta["val"] for n in node.args[:2])  # type: ignore[union-attr]
-    return left.dim() > 1 and right.dim() > 1 and left.shape[-1] == 1 and right.shape[-2] == 1
+    deep = left.dim() > 1 and right.dim() > 1
+    return bool(deep and left.shape[-1] == 1 and right.shape[-2] == 1)
 
 
 def per_angle(
@@ -253,7 +260,7 @@ def token_axis(runner: Runner, application: Application) -> int:
     for axis in (*inner, -len(shape)):
         others = [table[a] for a in inner if a != axis]
         if table[axis] == shape[axis] and all(size == 1 for size in others):
-            return axis
+            return int(axis)
     raise NoMatch("its tables differ between heads, or have no axis of tokens", application.cos)
 
 
@@ -312,9 +319,7 @@ def _only_axis(
     return max((a for a, size in enumerate(along) if size == 1), default=None)
 
 
-def _aligned(
-    shape: Sequence[int], rank: int, product: fx.Node, factor: fx.Node
-) -> tuple[int, ...]:
+def _aligned(shape: Sequence[int], rank: int, product: fx.Node, factor: fx.Node) -> tuple[int, ...]:
     """A factor's sizes on the axes of the product."""
     if target_name(product) == "aten.outer":
         return (shape[0], 1) if factor is product.args[0] else (1, shape[0])
@@ -369,7 +374,9 @@ def position_index(runner: Runner, tables: Tables) -> list[tuple[Term, Tensor, T
         if target_name(term.node) == "aten.outer":
             flat = index[0] if term.positions is term.node.args[0] else index[1]
         else:
-            index = [i * (size > 1) for i, size in zip(index[len(shape) - len(own):], own, strict=True)]
+            index = [
+                i * (size > 1) for i, size in zip(index[len(shape) - len(own) :], own, strict=True)
+            ]
             flat = torch.zeros_like(offset)
             for i, size in zip(index, own, strict=True):
                 flat = flat * size + i

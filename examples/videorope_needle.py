@@ -1,8 +1,8 @@
-"""Fine-tune one tiny model under RoPE, M-RoPE and VideoRoPE, and read videos longer than trained on.
+"""Fine-tune a tiny model under RoPE, M-RoPE and VideoRoPE, then read videos longer than those.
 
-A video of T frames, four tokens each, then a question. One frame, the needle, shows the asked key with
-a value; every few frames a distractor shows another key with another value, always the same distance
-apart. The answer is the needle's value. In the spirit of V-NIAH-D (arXiv 2502.05173, section 5), on
+A video of T frames, four tokens each, then a question. One frame, the needle, shows the asked key
+with a value; every few frames a distractor shows another key with another value, always the same
+distance apart. The answer is the needle's value. In the spirit of V-NIAH-D (arXiv 2502.05173, section 5), on
 synthetic tokens; what it prints is about this toy only.
 
     python examples/videorope_needle.py --steps 600

@@ -1,4 +1,4 @@
-"""Tiny language models with rotary embeddings, and an eager VideoRoPE that shares no code with us."""
+"""Tiny language models with rotary embeddings, and an eager VideoRoPE of its own."""
 
 from __future__ import annotations
 
@@ -84,7 +84,10 @@ class Canonical(nn.Module):
         rows = position_ids if self.positions is None else self.positions
         rows = rows if rows.dim() == 3 else rows[None].expand(3, -1, -1)
         angles = torch.stack(
-            [rows[-3:][axis].float() * f for axis, f in zip(self.axis_map, self.inv_freq.float())],
+            [
+                rows[-3:][axis].float() * f
+                for axis, f in zip(self.axis_map, self.inv_freq.float(), strict=True)
+            ],
             -1,
         )
         angles = torch.cat((angles, angles), -1)

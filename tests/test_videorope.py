@@ -1,4 +1,4 @@
-"""videorope on language models: sites, bit-equality with an eager model, masks, caches, refusals."""
+"""videorope on language models: sites, bit-equality with an eager model, masks, refusals."""
 
 from __future__ import annotations
 

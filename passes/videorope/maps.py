@@ -46,7 +46,7 @@ def lta_map(section: Sequence[int]) -> AxisMap:
 
 
 def lta_by_rank(inv_freq: torch.Tensor, s_t: int) -> AxisMap:
-    """`lta_map` for frequencies in any order: the `s_t` lowest follow t, the others h and w in turns.
+    """`lta_map` for frequencies in any order: the `s_t` lowest follow t, others h and w in turns.
 
     Factorised embeddings of video transformers have one ladder of frequencies per axis; ordered
     by frequency they are one ladder. Equal frequencies keep their order.

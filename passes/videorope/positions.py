@@ -1,7 +1,7 @@
 """Positions of text, images and videos in five schemes: a pure function of token types and grids.
 
-Per row of the batch, padding taken out, a cursor p walks over the tokens. A text token has (p, p, p)
-and moves it by 1. A vision block is T x H x W tokens, t-major; token (f, h, w) has
+Per row of the batch, padding taken out, a cursor p walks over the tokens. A text token has
+(p, p, p) and moves it by 1. A vision block is T x H x W tokens, t-major; token (f, h, w) has
 
     videorope  t = p + delta f,  y = t + h - (H-1)//2,  x = t + w - (W-1)//2;  p += delta (T-1) + 1
     mrope      (p + f, p + h, p + w);                                          p += max(T, H, W)
@@ -115,8 +115,8 @@ def build_position_ids(
         dtype: torch.float32, or torch.int64 where no position has a fraction.
 
     Returns:
-        Positions [3, B, S], rows t, h, w, and rope_delta [B, 1]: what a generated token's index adds
-        to have its position. Torch tensors, or numpy arrays if `token_types` is one.
+        Positions [3, B, S], rows t, h, w, and rope_delta [B, 1]: what a generated token's index
+        adds to have its position. Torch tensors, or numpy arrays if `token_types` is one.
 
     Raises:
         UsageError: Types, grids and mask do not fit together, or int64 is asked for fractions.
@@ -132,13 +132,14 @@ def build_position_ids(
         mask = _matrix("attention_mask", attention_mask) != 0
     if mask.shape != types.shape:
         raise UsageError(f"attention_mask is {mask.shape}, token_types are {types.shape}")
-    rows = _per_row(grids, types.shape[0])
-    positions = np.full((3, *types.shape), 0.0 if scheme == "mrope-5" else 1.0)
-    deltas = np.zeros((types.shape[0], 1))
+    batch, padded = (int(size) for size in types.shape)
+    rows = _per_row(grids, batch)
+    positions = np.full((3, batch, padded), 0.0 if scheme == "mrope-5" else 1.0)
+    deltas = np.zeros((batch, 1))
     for b, blocks in enumerate(rows):
         found = _row(types[b][mask[b]], blocks, meaning, b)
         positions[:, b, mask[b]] = found
-        length = types.shape[1] if meaning.convention == "padded" else found.shape[1]
+        length = padded if meaning.convention == "padded" else found.shape[1]
         deltas[b] = _end(found, meaning) - length
     text_only = not types[mask].any() and scheme != "tad"
     return _as_given(token_types, positions, deltas, dtype, ANY if text_only else str(meaning))
@@ -162,7 +163,7 @@ def decode_positions(rope_delta: Any, index: int, count: int = 1) -> torch.Tenso
 
 def block_positions(grid: Grid, cursor: float, meaning: Semantics) -> tuple[np.ndarray, float]:
     """Positions [3, T*H*W] of one vision block that starts at a cursor, and the cursor after it."""
-    t_size, h_size, w_size = grid
+    t_size, h_size, w_size = (int(size) for size in grid)
     f, h, w = (a.reshape(-1).astype(float) for a in list(np.indices(grid)))
     if meaning.scheme in ("mrope", "mrope-5"):
         c = meaning.tokens_per_grid if meaning.scheme == "mrope-5" else 1.0
@@ -239,8 +240,8 @@ def _segments(
         block = types[place : place + length]
         if len(block) != length or (block != kind).any() or (kind == 1 and grid[0] != 1):
             raise UsageError(
-                f"row {row}: the {'image' if kind == 1 else 'video'} at token {place} does not fill "
-                f"its grid {grid} of {length} tokens",
+                f"row {row}: the {'image' if kind == 1 else 'video'} at token {place} does not "
+                f"fill its grid {grid} of {length} tokens",
                 hint="grids are (T, H, W) in tokens of the language model, after merging patches",
             )
         yield grid, length

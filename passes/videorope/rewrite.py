@@ -187,9 +187,10 @@ class _Work:
         for term in site.tables.terms:
             node = term.frequencies
             own = self.program.weight(node) if node.op == "get_attr" else None
-            if own is not None and own.dtype == site.inv_freq.dtype and own.dim() == 1:
-                if torch.equal(own, site.inv_freq):
-                    return build.weight(str(node.target), own)
+            if own is None or own.dtype != site.inv_freq.dtype or own.dim() != 1:
+                continue
+            if torch.equal(own, site.inv_freq):
+                return build.weight(str(node.target), own)
         return build.constant("videorope.inv_freq", site.inv_freq)
 
     # ---- maps ----------------------------------------------------------------------------

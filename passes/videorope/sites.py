@@ -1,8 +1,8 @@
 """Rotary sites in canonical form: every angle as a row of positions times a frequency.
 
-A site is the pair of tables (cosines, sines) that some rotations share. Its angles are followed back
-to the products `positions * frequencies` they come from, element by element (`follow.py`), so any way
-of picking sections, interleaving them, or joining axes reads as an axis map.
+A site is the pair of tables (cosines, sines) that some rotations share. Its angles are followed
+back to the products `positions * frequencies` they come from, element by element (`follow.py`), so
+any way of picking sections, interleaving them, or joining axes reads as an axis map.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A video of T frames, four tokens each, then a question. One frame, the needle, shows the asked key
 with a value; every few frames a distractor shows another key with another value, always the same
-distance apart. The answer is the needle's value. In the spirit of V-NIAH-D (arXiv 2502.05173, section 5), on
-synthetic tokens; what it prints is about this toy only.
+distance apart. The answer is the needle's value. In the spirit of V-NIAH-D (arXiv 2502.05173,
+section 5), on synthetic tokens; what it prints is about this toy only.
 
     python examples/videorope_needle.py --steps 600
     python examples/videorope_needle.py --steps 600 --lora 4

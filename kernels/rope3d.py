@@ -173,8 +173,10 @@ def _samples() -> Iterator[OpSample]:
 
     lta = (1, 2, 1, 2, 1, 2, 0, 0)
     yield OpSample("heads before tokens, fractions", call((2, 3, 5, 16), lta), grad=True)
-    yield OpSample("whole numbers, one batch of positions", call((2, 2, 4, 8), (0, 1, 2, 2), batch=1,
-                                                                 whole=True))  # fmt: skip
+    yield OpSample(
+        "whole numbers, one batch of positions",
+        call((2, 2, 4, 8), (0, 1, 2, 2), batch=1, whole=True),
+    )
     yield OpSample(
         "tokens before heads, neighbours are pairs, scaled",
         (*call((2, 6, 3, 16), lta, -3), 1.5, True, -3),

@@ -132,7 +132,7 @@ def build_position_ids(
         mask = _matrix("attention_mask", attention_mask) != 0
     if mask.shape != types.shape:
         raise UsageError(f"attention_mask is {mask.shape}, token_types are {types.shape}")
-    batch, padded = (int(size) for size in types.shape)
+    batch, padded = len(types), int(np.size(types, 1))
     rows = _per_row(grids, batch)
     positions = np.full((3, batch, padded), 0.0 if scheme == "mrope-5" else 1.0)
     deltas = np.zeros((batch, 1))

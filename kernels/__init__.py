@@ -2,7 +2,8 @@
 
 from resplice.kernels.hadamard import hadamard
 from resplice.kernels.quant_linear import quant_linear
+from resplice.kernels.quest_quantize import quest_quantize
 from resplice.kernels.rope3d import rope3d
 from resplice.kernels.tile_attention import tile_attention
 
-__all__ = ["hadamard", "quant_linear", "rope3d", "tile_attention"]
+__all__ = ["hadamard", "quant_linear", "quest_quantize", "rope3d", "tile_attention"]

@@ -98,7 +98,7 @@ hadamard.differentiate(_backward, setup=_save)
 
 @hadamard.lower("coreml")
 @hadamard.lower("onnx")
-def _by_product(build: Any, x: Any, block: int) -> Any:
+def transform_by_product(build: Any, x: Any, block: int) -> Any:
     """Reshape, one product with a constant matrix, reshape."""
     dtype = x.meta["val"].dtype
     matrix = build.constant(f"hadamard.order_{block}", hadamard_matrix(block).to(dtype))

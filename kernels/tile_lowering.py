@@ -4,7 +4,10 @@ Only ATen nodes on tensors of at most five axes are emitted. A run of tiles on a
 - slices, one attention per query span: no key is copied twice, but calls multiply over the axes;
 - or, folded, one more factor of the batch: one call, each key copied `extent` times.
 Runs in which a tile sees only itself are always folded; others only while there would be more
-than `MOST_CALLS` calls. At most three runs a axis are left then, so at most 27 calls.
+than `MOST_CALLS` calls. At most three runs an axis are left then (one at each border, whose windows
+do not move, and the ones between), so heads with one window take at most `MOST_CALLS` calls on any
+canvas; each axis that is folded costs up to `extent` copies of the keys, and `lowering_cost` says
+how many it came to. Masks fold like keys.
 
 A `triton` lowering would be declared beside these two; there is none yet.
 """
@@ -42,29 +45,31 @@ class Plan:
         return math.prod(map(len, self.axes))
 
     @property
+    def folds(self) -> bool:
+        """Whether any run becomes part of the batch."""
+        return any(run.count > 1 for runs in self.axes for run in runs)
+
+    @property
     def copied(self) -> int:
         """Keys that are handed to the calls, each counted as often as it is copied."""
         return math.prod(sum(run.count * run.key.length for run in runs) for runs in self.axes)
 
 
-def plan(canvas: Triple, tile: Triple, window: Triple, *, fold: bool = True) -> Plan:
+def plan(canvas: Triple, tile: Triple, window: Triple) -> Plan:
     """Choose slices or folding per axis.
 
     Args:
         canvas: Tokens on the axes.
         tile: Tokens of a tile.
         window: Tiles seen on the axes.
-        fold: Whether folding is possible at all.
     """
     sides = list(zip(canvas, tile, window, strict=True))
     whole = [axis_runs(*side) for side in sides]
     split = [[one for run in runs for one in _members(run)] for runs in whole]
-    chosen = list(split)
-    if fold:
-        chosen = [w if seen == 1 else s for w, s, seen in zip(whole, split, window, strict=True)]
-        for axis in sorted(range(3), key=lambda a: -len(split[a])):
-            if math.prod(map(len, chosen)) > MOST_CALLS:
-                chosen[axis] = [part for run in whole[axis] for part in _folded(run, tile[axis])]
+    chosen = [w if seen == 1 else s for w, s, seen in zip(whole, split, window, strict=True)]
+    for axis in sorted(range(3), key=lambda a: -len(split[a])):
+        if math.prod(map(len, chosen)) > MOST_CALLS:
+            chosen[axis] = [part for run in whole[axis] for part in _folded(run, tile[axis])]
     return Plan((chosen[0], chosen[1], chosen[2]))
 
 
@@ -153,9 +158,9 @@ class _Emitter:
         place = self.text if self.text_first else 0
         parts = [self.cut(x, 2, place, size) for x in inputs]
         words = [self.cut(x, 2, 0 if self.text_first else size, self.text) for x in inputs]
-        simple = mask is None or mask.meta["val"].shape[1:] == (1, 1, self.text)
-        runs = plan(self.canvas, self.tile, window, fold=simple)
-        found = _Boxes(self, runs, heads, words, mask).all(parts)
+        runs = plan(self.canvas, self.tile, window)
+        own = self.spread(mask, heads) if runs.folds else mask
+        found = _Boxes(self, runs, heads, words, own).all(parts)
         if not self.text:
             return found
         return self.joined(self.attend([words[0], *inputs[1:]], self.widened(mask, size)), found, 2)
@@ -178,6 +183,13 @@ class _Emitter:
         one = self.build.constant(f"tile_attention.open_{str(kind).rpartition('.')[2]}", open_key)
         sizes = [*self.build.sizes(mask)[:3], keys]
         return self.joined(mask, self.build(aten.expand.default, one, sizes), 3)
+
+    def spread(self, mask: fx.Node | None, heads: int) -> fx.Node | None:
+        """A mask of all keys with all heads: folded runs lie between heads and keys."""
+        per_key = mask is not None and mask.meta["val"].shape[3] != self.text
+        if mask is None or not per_key or mask.meta["val"].shape[1] == heads:
+            return mask
+        return self.build(aten.expand.default, mask, [-1, heads, -1, -1])
 
     def joined(self, text: fx.Node, image: fx.Node, axis: int) -> fx.Node:
         """Text and image in the order of the sequence."""
@@ -289,27 +301,32 @@ class _Boxes:
                 self.emit.joined(self._repeated(text, copies), key, 2)
                 for text, key in zip(self.words[1:], keys, strict=True)
             ]
-        result = self.emit.attend([query, *keys], self._mask(tensors[3:], tensors[1]))
+        result = self.emit.attend([query, *keys], self._mask(tensors[3:], tensors[1], copies))
         sizes = tensors[0].meta["val"].shape[1:4]
         return build.reshape(result, [-1, *sizes, result.meta["val"].shape[3]])
 
-    def _repeated(self, text: fx.Node, copies: int) -> fx.Node:
+    def _repeated(self, x: fx.Node, copies: int) -> fx.Node:
         """[B,heads,L,D] -> [B,heads * copies,L,D]."""
         if copies == 1:
-            return text
-        build, sizes = self.emit.build, [int(size) for size in text.meta["val"].shape[2:]]
-        spread = build.shared(aten.unsqueeze.default, text, 2)
+            return x
+        build, heads, *sizes = self.emit.build, *(int(size) for size in x.meta["val"].shape[1:])
+        spread = build.shared(aten.unsqueeze.default, x, 2)
         spread = build.shared(aten.expand.default, spread, [-1, -1, copies, -1, -1])
-        return build.shared(aten.reshape.default, spread, [-1, self.heads * copies, *sizes])
+        return build.shared(aten.reshape.default, spread, [-1, heads * copies, *sizes])
 
-    def _mask(self, image: list[fx.Node], key: fx.Node) -> fx.Node | None:
-        if self.mask is None or not image:
-            return self.emit.widened(self.mask, math.prod(key.meta["val"].shape[1:4]))
-        build, heads = self.emit.build, self.mask.meta["val"].shape[1]
-        own = build.reshape(image[0], [-1, heads, 1, math.prod(key.meta["val"].shape[1:4])])
-        size = math.prod(self.emit.canvas)
-        text = self.emit.cut(self.mask, 3, 0 if self.emit.text_first else size, self.emit.text)
-        return self.emit.joined(text, own, 3) if self.emit.text else own
+    def _mask(self, image: list[fx.Node], key: fx.Node, copies: int) -> fx.Node | None:
+        if self.mask is None:
+            return None
+        keys, heads = math.prod(key.meta["val"].shape[1:4]), self.mask.meta["val"].shape[1]
+        if not image:
+            spread = self.mask if heads == 1 else self._repeated(self.mask, copies)
+            return self.emit.widened(spread, keys)
+        own = self.emit.build.reshape(image[0], [-1, heads * copies, 1, keys])
+        if not self.emit.text:
+            return own
+        start = 0 if self.emit.text_first else math.prod(self.emit.canvas)
+        text = self.emit.cut(self.mask, 3, start, self.emit.text)
+        return self.emit.joined(self._repeated(text, copies), own, 3)
 
 
 def _neighbours(group: list[int]) -> list[list[int]]:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import pytest
 import torch
 from torch import nn
@@ -17,6 +18,8 @@ import resplice
 from resplice.program import Program
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 
 @pytest.fixture(autouse=True)

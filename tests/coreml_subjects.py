@@ -116,6 +116,8 @@ FAMILIES: dict[str, dict[str, Construct]] = {
         "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
         "gelu_erf": lambda x: nn.functional.gelu(x),
         "add_alpha": lambda x, y: torch.add(x, y, alpha=0.5),
+        "add_to_number_alpha": lambda x: torch.add(3.0, x, alpha=2.0),
+        "sub_from_number_alpha": lambda x: torch.sub(3.0, x, alpha=2.0),
         "sub_alpha": lambda x, y: torch.sub(x, y, alpha=2.0),
         "add_number_alpha": lambda x: torch.add(x, 3.0, alpha=2.0),
         "rsub_alpha": lambda x, y: torch.rsub(x, y, alpha=3.0),

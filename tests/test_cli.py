@@ -126,7 +126,7 @@ def test_bisect_names_the_rewrite_and_saves_a_repro(
 CASES = [
     (2, ("passes", "qest"), "did you mean quest?"),
     (2, ("explain", "subject:mlp", "-p", "quest{weight-bits=x}"), "must be a whole number"),
-    (2, ("explain", "subject:mlp", "-p", "quest{bits=4}"), "did you mean weight-bits?"),
+    (2, ("explain", "subject:mlp", "-p", "quest{weight-bit=4}"), "did you mean weight-bits?"),
     (
         2,
         ("convert", "subject:mlp", "-o", "x.onnx", "--to", "tflite"),

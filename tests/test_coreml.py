@@ -73,7 +73,7 @@ def test_other_float_widths(dtype: torch.dtype, tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 4)).eval().to(dtype)
     program = resplice.capture(model, (torch.randn(2, 16).to(dtype),))
-    artifact = CoremlBackend().lower(program, tmp_path / "m.mlpackage", FP32, check=False)
+    artifact = CoremlBackend().lower(program, tmp_path / "m.mlpackage", FP32)
     x = torch.randn(2, 16).to(dtype)
     found = artifact.run({"input": x})["output"]
     assert found.dtype == dtype

@@ -43,9 +43,26 @@ class Conv1dStyle(nn.Module):
         return self.head(hidden.relu())
 
 
+class Video(nn.Module):
+    """Patches of a video attend to each other, then to a summary of themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.out = nn.Conv3d(3, 16, (1, 2, 2), (1, 2, 2)), nn.Linear(16, 16)
+
+    def forward(self, video: torch.Tensor) -> torch.Tensor:
+        x = self.patch(video).flatten(2).transpose(1, 2)
+        heads = x.unflatten(-1, (2, 8)).transpose(1, 2)
+        mixed = nn.functional.scaled_dot_product_attention(heads, heads, heads)
+        summary = heads.mean(2, keepdim=True)
+        seen = nn.functional.scaled_dot_product_attention(mixed, summary, summary)
+        return self.out((mixed + seen).transpose(1, 2).flatten(2))
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]]] = {
     "attention": (Attention, (2, 5, 16), {"x": {0: "batch", 1: "tokens"}}),
     "conv1d": (Conv1dStyle, (3, 5, 32), {"x": {0: "batch"}}),
+    "video": (Video, (2, 3, 4, 8, 12), {"video": {0: "batch"}}),
 }
 CASES = [
     ("canonicalize", "attention", 0),
@@ -55,6 +72,7 @@ CASES = [
     ("quest{weight-bits=2 group=8}", "attention", 2),
     ("quest{weight-bits=1 hadamard=off}", "conv1d", 1),
     ("quest{head=true skip=weight}", "conv1d", 1),
+    ("sta{tile=2,2,2 window=1,1,3}", "video", 1),
 ]
 
 

@@ -112,7 +112,7 @@ def test_rows_do_not_depend_on_their_neighbours(monkeypatch: pytest.MonkeyPatch)
     """Large weights are quantised a few rows at a time."""
     weight = torch.randn(50, 64)
     whole = quantize_weight(weight, 4)
-    monkeypatch.setattr("resplice.passes.quest._ROWS_AT_ONCE", 7 * 64)
+    monkeypatch.setattr("resplice.passes.quest.weights._ROWS_AT_ONCE", 7 * 64)
     parts = quantize_weight(weight, 4)
     assert torch.equal(whole.codes, parts.codes)
     assert torch.equal(whole.step, parts.step)
@@ -354,7 +354,7 @@ class Tied(nn.Module):
 def test_tied_weights_are_quantised_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     monkeypatch.setattr(
-        "resplice.passes.quest.quantize_weight",
+        "resplice.passes.quest.rewrite.quantize_weight",
         lambda *args, **kwargs: made.append(1) or quantize_weight(*args, **kwargs),
     )
     program, change = run(program_of(Tied().eval()))

@@ -45,6 +45,8 @@ EXPECTED = {
     "cosmos": (2, 0, False),
 }
 """Model -> sites, text tokens in the sequence, whether they come first."""
+EAGER = 1e-5
+"""What rewritten and eager models may differ by, of the output's scale."""
 
 
 @cache
@@ -95,10 +97,23 @@ def agree(expected: list[Tensor], found: list[Tensor], bar: float) -> None:
         assert difference(a, b).relative <= bar
 
 
+@cache
+def windowed(name: str) -> tuple[Program, Any, list[Tensor]]:
+    """A model of the zoo after `sta`, fresh inputs, and what dense masks make of them eagerly."""
+    count, text, first = EXPECTED[name]
+    program, model, _ = captured(name)
+    sparse, steps = Pipeline.of(SPEC).run(program, check=True)
+    assert steps[-1].sites == count
+    others = ZOO[name].inputs(seed=5, **{s: SIZES[s] for s in ZOO[name].sizes})
+    with dense_masks(CANVAS, TILE, WINDOW, text, first) as masked:
+        expected = results(model, others)
+    assert masked[0] >= count
+    assert difference(results(model, others)[0], expected[0]).relative > 1e-2, "nothing to see"
+    return sparse, others, expected
+
+
 @pytest.mark.parametrize("name", EXPECTED)
-def test_a_model_as_its_library_ships_it(name: str, tmp_path: Path) -> None:
-    """Sites, identity, the dense-mask eager model, and onnxruntime."""
-    onnx = pytest.importorskip("resplice.backends.onnx")
+def test_the_window_of_the_whole_grid_is_the_identity(name: str) -> None:
     count, text, first = EXPECTED[name]
     program, model, _ = captured(name)
     whole, steps = Pipeline.of("sta{tile=2,2,3 window=2,3,3}").run(program, check=True)
@@ -106,20 +121,33 @@ def test_a_model_as_its_library_ships_it(name: str, tmp_path: Path) -> None:
     for node in whole.graph.nodes:
         if node.target is tile_attention.overload:
             assert node.args[3:8] == ([4, 6, 8], [2, 2, 3], [2, 3, 3], text, first)
-    entry = ZOO[name]
-    others = entry.inputs(seed=5, **{s: SIZES[s] for s in entry.sizes})
+    others = ZOO[name].inputs(seed=5, **{s: SIZES[s] for s in ZOO[name].sizes})
     agree(results(model, others), results(whole, others), 1e-5)
 
-    sparse, steps = Pipeline.of(SPEC).run(program, check=True)
-    assert steps[-1].sites == count
-    with dense_masks(CANVAS, TILE, WINDOW, text, first) as masked:
-        expected = results(model, others)
-    assert masked[0] >= count
-    agree(expected, results(sparse, others), 1e-5)
-    assert difference(results(model, others)[0], expected[0]).relative > 1e-2, "nothing to see"
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_window_is_a_dense_mask_eagerly(name: str) -> None:
+    sparse, others, expected = windowed(name)
+    agree(expected, results(sparse, others), EAGER)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_window_is_a_dense_mask_in_onnxruntime(name: str, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("resplice.backends.onnx")
+    sparse, (args, kwargs), expected = windowed(name)
     artifact = onnx.OnnxBackend().lower(sparse, tmp_path / "m.onnx")
-    args, kwargs = others
-    agree(expected, list(artifact.run(sparse.call.bind(args, kwargs)).values()), artifact.bar)
+    found = artifact.run(sparse.call.bind(args, kwargs))
+    agree(expected, list(found.values()), artifact.bar + EAGER)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_window_is_a_dense_mask_in_core_ml(name: str, tmp_path: Path) -> None:
+    coreml = pytest.importorskip("resplice.backends.coreml")
+    sparse, (args, kwargs), expected = windowed(name)
+    options = coreml.CoremlOptions(precision="fp32")
+    artifact = coreml.CoremlBackend().lower(sparse, tmp_path / "m.mlpackage", options)
+    found = artifact.run(sparse.call.bind(args, kwargs))
+    agree(expected, list(found.values()), artifact.bar + EAGER)
 
 
 @pytest.mark.parametrize("name", ["wan", "cogvideox"])
@@ -195,6 +223,49 @@ def test_a_dynamic_grid_is_refused_with_the_axes_and_what_to_do() -> None:
     assert all(name in reason for name in ("frames", "rows", "columns"))
     assert "(axis 2 of video, axis 3 of video, axis 4 of video)" in reason
     assert "capture one program per resolution, with these axes fixed" in reason
+    for canvas in ("", " canvas=4,6,5"):
+        same, steps = Pipeline.of(f"sta{{tile=1,2,2 window=1,1,1{canvas}}}").run(program)
+        assert steps[-1].sites == 0
+        for sizes in ((4, 6, 5), (3, 8, 2)):
+            inputs = ((torch.randn(3, 8, *sizes), torch.randn(3, *x.shape[1:])), {})
+            agree(results(program, inputs), results(same, inputs), 0.0)
+
+
+@pytest.mark.slow
+def test_dynamic_resolutions_keep_full_attention_at_every_size() -> None:
+    """A fixed `canvas` does not make it rewrite what is only sometimes that size."""
+    entry = ZOO["wan"]
+    sample, shapes = resplice.Sample(*entry.inputs(seed=1)), entry.dynamic_shapes
+    program = resplice.capture(entry.model(), sample, dynamic_shapes=shapes, check=False)
+    t, h, w = (program.samples["hidden_states"].shape[i] // n for i, n in ((2, 1), (3, 2), (4, 2)))
+    for spec in (SPEC, f"sta{{tile=2,2,2 window=1,1,1 canvas={t},{h},{w}}}"):
+        same, steps = Pipeline.of(spec).run(program)
+        assert steps[-1].sites == 0
+        reasons = [refusal.reason for refusal in steps[-1].changes[0].refusals]
+        assert sum("capture one program per resolution" in reason for reason in reasons) == 2
+        for inputs in (entry.inputs(seed=3), entry.second_inputs()):
+            agree(results(entry.model(), inputs), results(same, inputs), EAGER)
+
+
+def test_resolutions_are_functions_over_one_set_of_weights() -> None:
+    """Each has its own grid; a window is cut to what it has."""
+    model, inputs = ZOO["ltx"].model(), {}
+    for name, sizes in (("main", (4, 6, 8)), ("tall", (2, 9, 5))):
+        frames, rows, columns = sizes
+        inputs[name] = ZOO["ltx"].inputs(seed=1, frames=frames, rows=rows, columns=columns)
+    program, other = (
+        resplice.capture(model, resplice.Sample(*given), check=False) for given in inputs.values()
+    )
+    program.functions["tall"] = other
+    both, steps = Pipeline.of("sta{tile=2,2,3 window=1,3,1}").run(program)
+    assert [change.count for change in steps[-1].changes] == [2, 2]
+    for (name, function), canvas in zip(both.all_functions(), ((4, 6, 8), (2, 9, 5)), strict=True):
+        with dense_masks(canvas, (2, 2, 3), (1, 3, 1), 0, False):
+            expected = results(model, inputs[name])
+        agree(expected, results(function, inputs[name]), EAGER)
+    weights = [dict(function.named_weights()) for _, function in both.all_functions()]
+    shared = [n for n in weights[0] if weights[0][n].data_ptr() == weights[1][n].data_ptr()]
+    assert len(shared) > 20
 
 
 class Tokens(nn.Module):
@@ -435,13 +506,43 @@ def test_two_phases_are_two_functions_over_one_set_of_weights(wan: Any, tmp_path
     assert all(own[name].data_ptr() == shared[name].data_ptr() for name in own)
     again = resplice.load(resplice.optimize(both).save(tmp_path / "both.pt2"))
     agree(results(full, (args, kwargs)), results(again.functions["full"], (args, kwargs)), 0.0)
-    artifact = onnx.OnnxBackend().lower(both, tmp_path / "both.onnx")
-    inputs = both.call.bind(args, kwargs)
-    for name, function in both.all_functions():
-        found = list(artifact.run(inputs, function=name).values())
-        agree(results(function, (args, kwargs)), found, artifact.bar)
+    artifact = onnx.OnnxBackend().lower(
+        both, tmp_path / "both.onnx", onnx.OnnxOptions(external_above=0)
+    )
+    assert_runs_both_phases(both, artifact, (args, kwargs))
+    alone = onnx.OnnxBackend().lower(
+        full, tmp_path / "alone.onnx", onnx.OnnxOptions(external_above=0)
+    )
+    stored = [(a.path.parent / f"{a.path.name}.data").stat().st_size for a in (artifact, alone)]
+    assert stored[0] < 1.05 * stored[1], "the second function brings its own weights"
     with pytest.raises((PassError, SpecError), match="a function 'full' already"):
         Pipeline.of("sta{two-phase=true layers=0},sta{two-phase=true}").run(program)
+
+
+def assert_runs_both_phases(both: Program, artifact: Any, inputs: Any) -> None:
+    """Each function of an artefact is the function of the program, and they differ."""
+    tensors, found = both.call.bind(*inputs), {}
+    for name, function in both.all_functions():
+        found[name] = list(artifact.run(tensors, function=name).values())
+        agree(results(function, inputs), found[name], artifact.bar)
+    assert difference(found["full"][0], found["main"][0]).relative > 1e-2
+
+
+def test_two_phases_are_one_core_ml_package(wan: Any, tmp_path: Path) -> None:
+    coreml = pytest.importorskip("resplice.backends.coreml")
+    program, _, inputs = wan
+    both, _ = Pipeline.of("sta{tile=2,2,3 window=1,1,3 two-phase=true}").run(program)
+    options, backend = coreml.CoremlOptions(precision="fp32"), coreml.CoremlBackend()
+    artifact = backend.lower(both, tmp_path / "both.mlpackage", options)
+    assert set(artifact.functions) == {"main", "full"}
+    assert_runs_both_phases(both, artifact, inputs)
+    alone = backend.lower(
+        both.functions["full"], tmp_path / "alone.mlpackage", options, check=False
+    )
+    stored = [
+        sum(file.stat().st_size for file in a.path.rglob("weight.bin")) for a in (artifact, alone)
+    ]
+    assert stored[0] < 1.05 * stored[1], "the second function brings its own weights"
 
 
 # ---- losses ------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from resplice.backends.lowering import lower_ops
+from resplice.build import Builder
 from resplice.capture import capture
 from resplice.errors import OpError
 from resplice.kernels.tile_attention import text_mask, tile_attention
@@ -196,6 +198,18 @@ def test_tiles_of_one_token_are_neighbourhood_attention(window: tuple[int, ...])
     assert float((found - expected.flatten(2, 4)).abs().max()) <= 1e-12
 
 
+@pytest.mark.parametrize("window", [(3, 3, 5), (3, 3, 3), (3, 5, 3)])
+def test_the_neighbourhood_package_agrees(window: tuple[int, ...]) -> None:
+    """Where NATTEN is installed; it takes no windows of one token."""
+    natten = pytest.importorskip("natten")
+    canvas = (3, 5, 6)
+    q, k, v = (x.float() for x in drawn((1, 2, 90, 16)))
+    shaped = [x.transpose(1, 2).unflatten(1, canvas) for x in (q, k, v)]
+    expected = natten.na3d(*shaped, kernel_size=window).flatten(1, 3).transpose(1, 2)
+    found = tile_attention(q, k, v, canvas, (1, 1, 1), window)
+    assert float((found - expected).abs().max()) <= 2e-6
+
+
 # ---- windows -----------------------------------------------------------------------------
 
 
@@ -308,9 +322,9 @@ class Attend(nn.Module):
         super().__init__()
         self.rest = rest
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attention."""
-        return tile_attention(q, k, v, *self.rest)
+        return tile_attention(q, k, v, *self.rest, mask=mask)
 
 
 def test_the_batch_stays_dynamic_through_capture_and_onnxruntime(tmp_path: Path) -> None:
@@ -331,6 +345,47 @@ def test_lowering_never_takes_more_than_a_bounded_number_of_calls() -> None:
     sliced = math.prod(len(axis_spans(*side)) for side in zip(canvas, tile, (3, 3, 3), strict=True))
     assert sliced == 96
     assert lowering_cost(canvas, tile, (3, 3, 3), 24) == {"calls": 27, "copied": 8.64}
-    assert plan((64, 64, 64), (2, 2, 2), (3, 3, 3)).calls <= MOST_CALLS
+    assert lowering_cost((21, 30, 52), (6, 8, 8), (3, 3, 3), 4)["calls"] == 20
+    for size in (7, 21, 64):
+        for length, seen in ((1, 3), (2, 3), (3, 1), (4, 5)):
+            assert plan((size, 30, 52), (length, 2, 3), (seen, 3, 3)).calls <= MOST_CALLS
+            assert plan((size,) * 3, (length,) * 3, (seen,) * 3).calls <= MOST_CALLS
     assert plan(canvas, tile, (1, 6, 10)).calls == 1
     assert plan(canvas, tile, (1, 6, 10)).copied == 115200
+
+
+@pytest.mark.parametrize("kind", ["none", "text", "text per head", "keys", "keys per head"])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_folding_bounds_the_calls_whatever_the_mask(kind: str, heads: int) -> None:
+    """Plain slices would be 70 calls; ragged at one end."""
+    canvas, tile, window, text = (4, 13, 18), (2, 2, 2), (1, 3, 3), 3
+    tokens = math.prod(canvas) + text
+    shape = {
+        "none": None,
+        "text": (2, 1, 1, text),
+        "text per head": (2, heads, 1, text),
+        "keys": (2, 1, 1, tokens),
+        "keys per head": (1, heads, 1, tokens),
+    }[kind]
+    mask = None if shape is None else torch.randn(shape)
+    assert (
+        math.prod(len(axis_spans(*s)) for s in zip(canvas, tile, window, strict=True)) > MOST_CALLS
+    )
+    model = Attend(list(canvas), list(tile), list(window), text, False)
+    inputs = {n: torch.randn(2, heads, tokens, 8) for n in "qkv"}
+    inputs |= {} if mask is None else {"mask": mask}
+    program = capture(model, inputs, check=False)
+    lowered = program.copy()
+    lower_ops(lowered, "onnx", lambda node: Builder(lowered, node))
+    calls = lowered.graph.find_nodes(
+        op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default
+    )
+    assert len(calls) == plan(canvas, tile, window).calls + 1 <= MOST_CALLS + 1
+    lowered.module.recompile()
+    others = {name: torch.randn_like(x) for name, x in inputs.items()}
+    (found,) = lowered.run(others)
+    expected = tile_attention.reference(
+        *(others[n].double() for n in "qkv"), canvas, tile, window, text, False,
+        None if mask is None else others["mask"].double(),
+    )  # fmt: skip
+    assert float((found - expected).abs().max()) <= 2e-6

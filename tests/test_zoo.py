@@ -15,21 +15,22 @@ from resplice.backends.coreml.artifact import FP32_BAR
 from resplice.backends.onnx import OnnxBackend
 from resplice.backends.onnx.backend import EXACT_BAR
 from resplice.compare import difference
-from resplice.errors import NumericsError
 from resplice.program import Program
 
+FIXED = ("cosmos",)  # it takes the root of a size with numpy, which has no symbolic form
 DYNAMIC_IN_CORE_ML = ("llama", "bert", "vit", "wan", "allegro", "latte", "cogvideox_rotary")
 
 
-@pytest.mark.parametrize("name", sorted(set(ZOO) - {"cosmos"}))  # its rotary needs fixed sizes
+@pytest.mark.parametrize("name", sorted(ZOO))
 def test_a_real_model_is_captured_and_agrees_in_onnxruntime(name: str, tmp_path: Path) -> None:
     entry = ZOO[name]
     model, args, kwargs, shapes = entry()
+    shapes = None if name in FIXED else shapes
     state = {key: value.clone() for key, value in model.state_dict().items()}
     program = resplice.capture(model, resplice.Sample(args, kwargs), dynamic_shapes=shapes)
     cleaned, _ = resplice.Pipeline.of("canonicalize,cse,fold,dce").run(program, check=True)
     artifact = OnnxBackend().lower(cleaned, tmp_path / "model.onnx")
-    for sizes in ({}, entry.second):
+    for sizes in ({}, entry.second) if shapes else ({},):
         args, kwargs = entry.inputs(seed=7, **sizes)
         expected = _tensors(model, args, kwargs)
         _agree(expected, _eager(cleaned, args, kwargs))
@@ -37,7 +38,7 @@ def test_a_real_model_is_captured_and_agrees_in_onnxruntime(name: str, tmp_path:
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", sorted(set(ZOO) - {"cosmos"}))
+@pytest.mark.parametrize("name", sorted(ZOO))
 def test_a_real_model_agrees_in_core_ml(name: str, tmp_path: Path) -> None:
     """Converted, executed by the MIL interpreter, and equal to the eager model on fresh inputs."""
     entry = ZOO[name]
@@ -50,16 +51,6 @@ def test_a_real_model_agrees_in_core_ml(name: str, tmp_path: Path) -> None:
         args, kwargs = entry.inputs(seed=11, **sizes)
         found = list(artifact.run(program.call.bind(args, kwargs)).values())
         _agree(_tensors(model, args, kwargs), found, FP32_BAR)
-
-
-def test_cosmos_is_wrong_in_core_ml_and_not_handed_out(tmp_path: Path) -> None:
-    """A known gap: the check must keep the package back as long as it stands."""
-    model, args, kwargs, _ = ZOO["cosmos"]()
-    program = resplice.capture(model, resplice.Sample(args, kwargs))
-    options = CoremlOptions(precision="fp32")
-    with pytest.raises(NumericsError):
-        CoremlBackend().lower(program, tmp_path / "model.mlpackage", options)
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit", "wan", "qwen3moe"])

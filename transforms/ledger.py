@@ -6,7 +6,6 @@ result the name of what it replaced), and values are freed after their last use.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +16,10 @@ from torch import fx
 from resplice.compare import Difference, difference, worst
 from resplice.origin import origin
 from resplice.program import Program
+from resplice.walk import node_values
 
 aten = torch.ops.aten
+_OUTPUTS = ""
 
 
 @dataclass(frozen=True)
@@ -86,80 +87,29 @@ def compare_programs(
     """
     ledger = Ledger(after)
     common = _common_nodes(original, rewritten) if nodes else set[str]()
-    left, right = _Run(original, inputs, common), _Run(rewritten, inputs, common)
-    with torch.no_grad():
-        pending: dict[str, Any] = {}
-        for node, value in right.stream:
-            while node.name not in pending:
-                other, reference = next(left.stream)
-                pending[other.name] = reference
-            _add(ledger, node, pending.pop(node.name), value)
-        for _ in left.stream:
-            pass
-    for port, a, b in zip(original.outputs, left.results, right.results, strict=False):
-        ledger.outputs[port.name] = difference(a, b)
+    left, right = (_chosen(program, inputs, common) for program in (original, rewritten))
+    pending: dict[str, Any] = {}
+    for name, node, value in right:
+        while name not in pending:
+            other, _, reference = next(left)
+            pending[other] = reference
+        reference = pending.pop(name)
+        if name != _OUTPUTS:
+            _add(ledger, node, reference, value)
+            continue
+        for port, a, b in zip(original.outputs, reference, value, strict=False):
+            ledger.outputs[port.name] = difference(a, b)
     return ledger
 
 
-class _Run:
-    """Interprets a program, yielding the values of chosen nodes as they appear."""
-
-    def __init__(
-        self, program: Program, inputs: Mapping[str, torch.Tensor], chosen: set[str]
-    ) -> None:
-        self.program, self.chosen = program, chosen
-        self.inputs = inputs
-        self.results: tuple[torch.Tensor, ...] = ()
-        self.stream = self._values()
-
-    def _values(self) -> Iterator[tuple[fx.Node, Any]]:
-        env: dict[fx.Node, Any] = {}
-        last = last_uses(self.program.graph)
-        for node in self.program.graph.nodes:
-            if node.op == "output":
-                self.results = tuple(env[n] for n in self.program.output_nodes)
-                return
-            env[node] = run_node(self.program, node, env, self.inputs)
-            if node.name in self.chosen:
-                yield node, env[node]
-            for dead in last.get(node, ()):
-                env.pop(dead, None)
-
-
-def run_node(
-    program: Program, node: fx.Node, env: Mapping[fx.Node, Any], inputs: Mapping[str, torch.Tensor]
-) -> Any:
-    """Execute one node on real values; inputs that the graph writes are cloned."""
-    if node.op == "placeholder":
-        return inputs[node.name].clone()
-    if node.op == "get_attr":
-        return program.weight(node)
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
-    if node.target is aten.copy_.default:
-        return args[0]  # comparisons do not advance the model's state
-    assert callable(node.target), node
-    if not _is_random(node):
-        return node.target(*args, **kwargs)
-    with torch.random.fork_rng():  # the same draw wherever a node of that name runs
-        torch.manual_seed(zlib.crc32(node.name.encode()))
-        return node.target(*args, **kwargs)
-
-
-def _is_random(node: fx.Node) -> bool:
-    tags = node.target.tags if isinstance(node.target, torch._ops.OpOverload) else ()
-    return torch.Tag.nondeterministic_seeded in tags
-
-
-def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """Node -> values that are used there for the last time."""
-    seen: set[fx.Node] = set()
-    result: dict[fx.Node, list[fx.Node]] = {}
-    for node in reversed(graph.nodes):
-        for used in node.all_input_nodes:
-            if used not in seen:
-                seen.add(used)
-                result.setdefault(node, []).append(used)
-    return result
+def _chosen(
+    program: Program, inputs: Mapping[str, torch.Tensor], names: set[str]
+) -> Iterator[tuple[str, fx.Node, Any]]:
+    """The values of some nodes, and last the outputs."""
+    for node, value in node_values(program, inputs):
+        name = _OUTPUTS if node.op == "output" else node.name
+        if name in names or name == _OUTPUTS:
+            yield name, node, value
 
 
 def _common_nodes(a: Program, b: Program) -> set[str]:

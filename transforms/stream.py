@@ -21,8 +21,8 @@ from torch import fx
 
 from resplice.context import Batch
 from resplice.errors import PassError
-from resplice.ledger import run_node
 from resplice.program import Program
+from resplice.walk import run_node
 
 
 class Stream:

@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from resplice.artifact import staged
 from resplice.backends.coreml.artifact import FP16_BAR, FP32_BAR, CoremlArtifact, packed
 from resplice.backends.coreml.convert import convert_program
@@ -15,12 +17,15 @@ from resplice.backends.coreml.mil.tools import coremltools as ct
 from resplice.backends.coreml.mil.tools import silent
 from resplice.backends.coreml.options import CoremlOptions
 from resplice.backends.coreml.precision import fragile_nodes
+from resplice.backends.coreml.validation import validated_once
 from resplice.backends.legal import Legalizer
 from resplice.cases import fresh_cases, fresh_inputs
-from resplice.compare import Difference
+from resplice.compare import EXACT_BARS, Difference
 from resplice.errors import LoweringError, UsageError
 from resplice.program import Program
 from resplice.saving import program_metadata
+
+_HALVES = {torch.float16, torch.bfloat16}
 
 
 class CoremlBackend:
@@ -104,14 +109,18 @@ class CoremlBackend:
 
 
 def _bar(program: Program, options: CoremlOptions) -> float:
-    """Core ML keeps state in float16 whatever the precision."""
-    stateful = any(function.effects for _, function in program.all_functions())
-    return FP32_BAR if options.precision == "fp32" and not stateful else FP16_BAR
+    """Core ML keeps state in float16 at any precision; a half-precision original rounds too."""
+    functions = [function for _, function in program.all_functions()]
+    stateful = any(function.effects for function in functions)
+    bar = FP32_BAR if options.precision == "fp32" and not stateful else FP16_BAR
+    values = (n.meta.get("val") for function in functions for n in function.graph.nodes)
+    halves = {v.dtype for v in values if isinstance(v, torch.Tensor)} & _HALVES
+    return max([bar, *(EXACT_BARS[dtype] for dtype in halves)])
 
 
 def _assemble(parts: dict[str, Path], target: Path, stored: dict[str, Any]) -> None:
     """One package of all functions, with what resplice stores in it."""
-    with silent():
+    with silent(), validated_once():
         if len(parts) == 1:
             (only,) = parts.values()
         else:

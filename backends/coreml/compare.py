@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
 
 from resplice.compare import Difference, difference
-from resplice.ledger import last_uses, run_node
 from resplice.origin import where
 from resplice.program import Program
+from resplice.walk import node_values
 
 if TYPE_CHECKING:
     from resplice.backends.coreml.artifact import CoremlArtifact
@@ -62,7 +61,11 @@ def compare_values(
     """
     origins = artifact.metadata.get("origins", {}).get(function, {})
     wanted = {node for node, _ in origins.values()}
-    reference = dict(_values(program, inputs, wanted))
+    reference = {
+        node.name: value
+        for node, value in node_values(program, inputs)
+        if node.name in wanted and isinstance(value, torch.Tensor)
+    }
     nodes = {node.name: node for node in program.graph.nodes}
     best: dict[str, ValueDifference] = {}
     order: list[str] = []
@@ -111,22 +114,6 @@ def _observed(
     names = artifact._border(function)["inputs"]
     given = {names.get(n, n): artifact._lowered(v) for n, v in inputs.items()}
     interpreter.run(given, artifact._state(function), observe=observe)
-
-
-def _values(
-    program: Program, inputs: Mapping[str, torch.Tensor], wanted: set[str]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    env: dict[fx.Node, Any] = {}
-    last = last_uses(program.graph)
-    with torch.no_grad():
-        for node in program.graph.nodes:
-            if node.op == "output":
-                return
-            env[node] = run_node(program, node, env, inputs)
-            if node.name in wanted and isinstance(env[node], torch.Tensor):
-                yield node.name, env[node]
-            for dead in last.get(node, ()):
-                env.pop(dead, None)
 
 
 def _measured(expected: torch.Tensor, value: torch.Tensor) -> Difference | None:

@@ -15,6 +15,7 @@ from resplice.backends.coreml.mil.tools import coremltools as ct
 from resplice.backends.coreml.mil.tools import silent
 from resplice.backends.coreml.options import CoremlOptions
 from resplice.backends.coreml.precision import angle_nodes
+from resplice.backends.coreml.validation import validate, validated_once
 from resplice.dims import Dim
 from resplice.errors import LoweringError, UsageError
 from resplice.exported import lift
@@ -52,7 +53,7 @@ def convert_program(
     angles = angle_nodes(draft.graph)
     wide = {i for i, node in enumerate(nodes) if stands_for(node) in keep_wide or node in angles}
     try:
-        with silent(), taught(), plain_input_shapes(), torch.no_grad():
+        with silent(), taught(), plain_input_shapes(), validated_once(), torch.no_grad():
             model = ct.convert(
                 exported,
                 inputs=_inputs(draft, program, options),
@@ -62,6 +63,7 @@ def convert_program(
                 convert_to="mlprogram",
                 skip_model_load=True,
             )
+        validate(model)
     except (LoweringError, UsageError):
         raise
     except Exception as error:

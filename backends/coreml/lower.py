@@ -91,8 +91,8 @@ def _legalize(
             break
         try:
             _decompose(draft, table)
-        except RecursionError:  # a definition in terms of itself: refused by name afterwards
-            break
+        except (RecursionError, AssertionError):
+            break  # a definition in terms of itself, or one that writes: refused by name afterwards
     return {rule: count for rule, count in counts.items() if count}
 
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
-from resplice.ledger import last_uses, run_node
 from resplice.program import Program
+from resplice.walk import node_values
 
 aten = torch.ops.aten
 LARGEST = 3e4
@@ -44,17 +44,9 @@ def angle_nodes(graph: fx.Graph) -> set[fx.Node]:
 def _past_range(program: Program) -> set[fx.Node]:
     """Nodes that compute, or read, a value beyond `LARGEST` on the sample inputs."""
     large: set[fx.Node] = set()
-    env: dict[fx.Node, object] = {}
-    last, inputs = last_uses(program.graph), program.sample_tensors()
-    with torch.no_grad():
-        for node in program.graph.nodes:
-            if node.op == "output":
-                break
-            env[node] = run_node(program, node, env, inputs)
-            if _is_large(env[node]):
-                large.add(node)
-            for dead in last.get(node, ()):
-                env.pop(dead, None)
+    for node, value in node_values(program, program.sample_tensors()):
+        if node.op != "output" and _is_large(value):
+            large.add(node)
     return large | {user for node in large for user in node.users}
 
 

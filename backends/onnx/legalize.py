@@ -9,38 +9,13 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from resplice.backends.legal import Legalizer
+from resplice.backends.legal_rules import drop_idle_squeeze, zero_closed_rows
 from resplice.build import Builder
 from resplice.pattern import argument
 
 aten = torch.ops.aten
-
-
-def drop_idle_squeeze(build: Builder, node: fx.Node) -> fx.Node | None:
-    """squeeze(x: [b,n,c], 1): [b,n,c] -> x;  squeeze(x: [b,1,n], [0,1]): [b,n] -> squeeze(x, [1]).
-
-    PyTorch leaves an axis alone unless its size is 1; ONNX `Squeeze` fails on it. Capture has
-    already decided each case, and the answer is in the ranks.
-    """
-    if node.target not in (aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default):
-        return None
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    before, after = source.meta["val"], node.meta["val"]
-    axes = _squeezed_axes(node, before.dim())
-    removed = [axis for axis in axes if statically_known_true(before.shape[axis] == 1)]
-    if len(removed) != before.dim() - after.dim() or removed == axes:
-        return None
-    return build(aten.squeeze.dims, source, removed) if removed else source
-
-
-def _squeezed_axes(node: fx.Node, rank: int) -> list[int]:
-    if node.target is aten.squeeze.default:
-        return list(range(rank))
-    asked: Any = node.args[1] if isinstance(node.args[1], list | tuple) else [node.args[1]]
-    return sorted({axis % rank for axis in asked}) if rank else []
 
 
 def select_booleans_by_logic(build: Builder, node: fx.Node) -> fx.Node | None:
@@ -78,9 +53,7 @@ def zero_unattended_rows(build: Builder, node: fx.Node) -> fx.Node | None:
     if not isinstance(mask, fx.Node):
         return None
     open_keys = mask if _is_bool(mask) else build.shared(aten.ne.Scalar, mask, float("-inf"))
-    closed = build.shared(aten.logical_not.default, build.shared(aten.any.dim, open_keys, -1, True))
-    attention = build(node.target, *node.args, **node.kwargs)
-    return build(aten.masked_fill.Scalar, attention, closed, 0.0)
+    return zero_closed_rows(build, build(node.target, *node.args, **node.kwargs), open_keys)
 
 
 def repeat_by_expanding(build: Builder, node: fx.Node) -> fx.Node | None:

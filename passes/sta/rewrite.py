@@ -162,15 +162,10 @@ class Sta(Pass):
 
 def _mask(build: Builder, site: AttentionSite) -> fx.Node | None:
     """The mask of the text keys, where that of the image keys is known to be open."""
-    mask = site.mask
-    if mask is None or not site.image_open:
-        return mask
-    if site.text_length == 0:
-        return None
-    tokens = int(mask.meta["val"].shape[3])
-    start = 0 if site.text_first else tokens - site.text_length
-    stop = start + site.text_length
-    return build.shared(torch.ops.aten.slice.Tensor, mask, -1, start, stop)
+    span, mask = site.masked_keys(), site.mask
+    if span is None or mask is None or span[1] - span[0] == mask.meta["val"].shape[3]:
+        return mask if span else None
+    return build.shared(torch.ops.aten.slice.Tensor, mask, -1, *span)
 
 
 def _keep_full(program: Program) -> None:

@@ -57,6 +57,16 @@ class AttentionSite:
         """Name of the node, kept by the rewrite."""
         return self.node.name
 
+    def masked_keys(self) -> tuple[int, int] | None:
+        """First and last key, exclusively, whose mask must be kept; None if no mask must be."""
+        if self.mask is None:
+            return None
+        tokens = math.prod(self.canvas) + self.text_length
+        if not self.image_open:
+            return 0, tokens
+        start = 0 if self.text_first else tokens - self.text_length
+        return (start, start + self.text_length) if self.text_length else None
+
 
 @dataclass
 class Sites:

@@ -14,7 +14,7 @@ import warnings
 
 import typer
 
-from resplice.cli import check, convert, inspect, measure
+from resplice.cli import check, convert, inspect, measure, search
 from resplice.cli import run as running
 from resplice.cli.output import talk
 from resplice.errors import ResourceError, RespliceError
@@ -27,7 +27,7 @@ app = typer.Typer(
 )  # fmt: skip
 for command in (
     inspect.passes, inspect.show, inspect.explain, convert.convert, check.check, running.run,
-    measure.bench, measure.bisect,
+    measure.bench, measure.bisect, search.search_windows,
 ):  # fmt: skip
     app.command()(command)
 

@@ -96,6 +96,24 @@ def pairs(items: list[str], option: str) -> dict[str, str]:
     return found
 
 
+def numbers(text: str, option: str, count: int | None = None) -> tuple[int, ...]:
+    """Read `6,8,8`; an empty text has none.
+
+    Args:
+        text: Whole numbers, none of them negative, with commas between.
+        option: The option, for messages.
+        count: How many there must be; None: any number.
+
+    Raises:
+        UsageError: The text has another form.
+    """
+    parts = text.split(",") if text else []
+    if not all(part.strip().isdigit() for part in parts) or count not in (None, len(parts)):
+        wanted = "whole numbers" if count is None else f"{count} whole numbers"
+        raise UsageError(f"{option} {text!r} is not {wanted}", hint="write them like 6,8,8")
+    return tuple(int(part) for part in parts)
+
+
 def shape_lists(items: list[str]) -> dict[str, tuple[tuple[int, ...], ...]]:
     """Read `x=1x16,1x32` items: the shapes an input may have.
 

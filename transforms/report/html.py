@@ -55,6 +55,46 @@ def render(data: Json) -> str:
     return environment.get_template(_TEMPLATE).render(**_page(data))
 
 
+def page(title: str, lead: str, sections: Sequence[tuple[str, str]]) -> str:
+    """A page of its own that looks like a report.
+
+    Args:
+        title: Its heading.
+        lead: A sentence below it.
+        sections: Headings and what is below them, as HTML.
+    """
+    text = files("resplice.report").joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    style = text.partition("<style>")[2].partition("</style>")[0]
+    body = Markup("\n").join(
+        Markup("<section><h2>{}</h2>{}</section>").format(name, Markup(html))
+        for name, html in sections
+    )
+    head = Markup(
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><style>{}</style>'
+        "</head><body><header><h1>{}</h1><p>{}</p></header><main>{}</main></body></html>\n"
+    )
+    return str(head.format(title, Markup(style), title, lead, body))
+
+
+def figure(svg: str, note: str) -> str:
+    """A plot with what it shows below it, as HTML."""
+    shown = Markup('<figure><div class="wide">{}</div><figcaption>{}</figcaption></figure>')
+    return str(shown.format(Markup(svg), note))
+
+
+def rows_of(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table, as HTML."""
+    line = Markup("<tr>{}</tr>")
+    head = line.format(Markup("").join(Markup("<th>{}</th>").format(cell) for cell in header))
+    body = [
+        line.format(Markup("").join(Markup("<td>{}</td>").format(cell) for cell in row))
+        for row in rows
+    ]
+    whole = Markup('<div class="wide"><table><thead>{}</thead><tbody>{}</tbody></table></div>')
+    return str(whole.format(head, Markup("").join(body)))
+
+
 # Reading: whatever is not of the expected kind counts as absent.
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # Placeholder colours: `_themed` swaps them for the page's CSS variables.
 _INK, _LINE = "#010101", "#020202"
@@ -37,6 +38,7 @@ _STYLE: dict[Any, Any] = {
     "ytick.labelcolor": _INK,
     "legend.frameon": False,
 }
+_MARKERS = "osD^v"
 _UNUSED = re.compile(r' id="(?:\w+|matplotlib\.axis)_\d+"')
 _SPACES = re.compile(r' xmlns(?::xlink)?="[^"]*"')
 _HEADER = re.compile(r"\s*<metadata>.*?</metadata>|\s*<defs>\s*<style.*?</defs>", re.DOTALL)
@@ -73,6 +75,15 @@ class Pair:
     after: Bar
 
 
+@dataclass(frozen=True)
+class Dot:
+    """One value, with its place on the horizontal axis; dots of one group look alike."""
+
+    place: float
+    value: float
+    group: str
+
+
 def errors(points: Sequence[Point]) -> str:
     """SQNR along the graph, rewritten nodes marked by pass."""
     return _svg(lambda axes: _errors(axes, points), "Error along the graph", 3.6)
@@ -96,6 +107,16 @@ def pairs(rows: Sequence[Pair]) -> str:
 def bars(rows: Sequence[Bar], axis: str) -> str:
     """Horizontal bars from zero."""
     return _svg(lambda axes: _bars(axes, rows, axis), axis, 0.8 + 0.36 * len(rows))
+
+
+def dots(points: Sequence[Dot], across: str, up: str) -> str:
+    """Values on a logarithmic axis, by group; values of zero are left out."""
+    return _svg(lambda axes: _dots(axes, points, across, up), up, 3.6)
+
+
+def shares(rows: Mapping[str, Mapping[str, float]], axis: str) -> str:
+    """Horizontal bars made of parts: row -> part -> size."""
+    return _svg(lambda axes: _shares(axes, rows, axis), axis, 1.1 + 0.3 * len(rows))
 
 
 def _errors(axes: Axes, points: Sequence[Point]) -> None:
@@ -159,6 +180,38 @@ def _bars(axes: Axes, rows: Sequence[Bar], axis: str) -> None:
     drawn = axes.barh(range(len(rows)), [row.value for row in rows], 0.62, color=colours)
     axes.bar_label(drawn, [row.text for row in rows], padding=4, fontsize=9)
     _horizontal(axes, [row.label for row in rows], axis)
+
+
+def _dots(axes: Axes, points: Sequence[Dot], across: str, up: str) -> None:
+    for number, group in enumerate(dict.fromkeys(point.group for point in points)):
+        chosen = [point for point in points if point.group == group and point.value > 0]
+        axes.plot(
+            [point.place for point in chosen], [point.value for point in chosen],
+            _MARKERS[number // len(_SERIES) % len(_MARKERS)],
+            color=_SERIES[number % len(_SERIES)], markersize=4, label=_short(group),
+        )  # fmt: skip
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:.0e}")
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.figure.legend(loc="outside upper left", ncols=6)
+
+
+def _shares(axes: Axes, rows: Mapping[str, Mapping[str, float]], axis: str) -> None:
+    parts = dict.fromkeys(part for row in rows.values() for part in row)
+    starts = [0.0] * len(rows)
+    for number, part in enumerate(parts):
+        sizes = [row.get(part, 0.0) for row in rows.values()]
+        axes.barh(
+            range(len(rows)), sizes, 0.7, starts, color=_SERIES[number % len(_SERIES)],
+            alpha=1 / (1 + number // len(_SERIES)), label=_short(part),
+        )  # fmt: skip
+        starts = [start + size for start, size in zip(starts, sizes, strict=True)]
+    _horizontal(axes, list(rows), axis)
+    axes.margins(x=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.figure.legend(loc="outside upper left", ncols=6)
 
 
 def _horizontal(axes: Axes, labels: Sequence[str], axis: str) -> None:

@@ -56,8 +56,9 @@ def scale_by_alpha(build: Builder, node: fx.Node) -> fx.Node | None:
         )
     if isinstance(left, fx.Node):
         return build(plain[node.target], left, right)
-    negated = build(aten.mul.Tensor, right, -1)
-    return build(aten.add.Tensor, negated, left)
+    if plain[node.target] == aten.sub.Tensor:
+        right = build(aten.mul.Tensor, right, -1)
+    return build(aten.add.Tensor, right, left)
 
 
 def divide_exactly(build: Builder, node: fx.Node) -> fx.Node | None:

@@ -11,6 +11,7 @@ from torch import fx
 from resplice.backends.coreml.builder import CoremlBuilder as Builder
 from resplice.backends.coreml.legalize.values import argument, aten, cast, is_bool, rank
 from resplice.backends.legal import Legalizer
+from resplice.backends.legal_rules import zero_closed_rows
 
 _SDPA = aten.scaled_dot_product_attention.default
 
@@ -78,8 +79,7 @@ def _opened(build: Builder, node: fx.Node, mask: fx.Node, **changes: Any) -> fx.
 def _zero_where_closed(build: Builder, attention: fx.Node, mask: fx.Node, some: fx.Node) -> fx.Node:
     if mask.op == "get_attr" and bool((build.program.weight(mask) > -math.inf).any(-1).all()):
         return attention
-    closed = build.shared(aten.logical_not.default, build.shared(aten.any.dim, some, -1, True))
-    return build(aten.masked_fill.Scalar, attention, closed, 0.0)
+    return zero_closed_rows(build, attention, some)
 
 
 def _always_open(build: Builder, mask: fx.Node) -> bool:

@@ -11,6 +11,7 @@ from torch import fx
 from resplice.backends.coreml.builder import CoremlBuilder as Builder
 from resplice.backends.coreml.legalize.values import argument, aten, cast, dtype, rank, source
 from resplice.backends.legal import Legalizer
+from resplice.backends.legal_rules import drop_idle_squeeze
 
 _END = torch.iinfo(torch.int64).max
 _DEEPEST = 5
@@ -161,13 +162,6 @@ def pad_in_floats(build: Builder, node: fx.Node) -> fx.Node | None:
         return None
     wide = build(node.target, cast(build, node.args[0], torch.float32), *node.args[1:])
     return build(aten._to_copy.default, wide, dtype=kind)
-
-
-def drop_idle_squeeze(build: Builder, node: fx.Node) -> fx.Node | None:
-    """Squeeze -> reshape: torch leaves an axis alone unless its size is 1, MIL fails on it."""
-    if node.target not in (aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default):
-        return None
-    return build.reshape(source(node), _target_sizes(build, node))
 
 
 def scatter_by_cat(build: Builder, node: fx.Node) -> fx.Node | None:

@@ -1,0 +1,7 @@
+"""QuEST: linear layers in few bits; the pass and its weight quantiser."""
+
+from resplice.passes.quest.freeze import freeze
+from resplice.passes.quest.rewrite import Quest
+from resplice.passes.quest.weights import QuantizedWeight, hadamard_block, quantize_weight
+
+__all__ = ["QuantizedWeight", "Quest", "freeze", "hadamard_block", "quantize_weight"]

@@ -1,0 +1,104 @@
+"""Packed inference weights in the place of trained ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from resplice.build import Builder
+from resplice.change import Change
+from resplice.context import Context
+from resplice.errors import PassError
+from resplice.kernels.gaussian_grid import grid_step, to_codes
+from resplice.kernels.hadamard import hadamard
+from resplice.kernels.packing import pack
+from resplice.kernels.quant_linear import BITS, quant_linear
+from resplice.kernels.quest_quantize import rounded
+from resplice.pattern import Match, Var, aten
+from resplice.program import Program
+from resplice.rules import Rule, apply_rules
+from resplice.walk import run_node
+
+
+def freeze(program: Program) -> tuple[Program, Change]:
+    """Turn the weights of a program trained with `quest{mode=qat}` into packed codes.
+
+    linear(x, quest_quantize(weight, bits, ...)) -> quant_linear(x, codes, step, bias, bits, 0)
+
+    The result computes bit for bit what the trained program computes.
+
+    Args:
+        program: Rewritten by `quest{mode=qat}`, trained or not; it is not changed.
+
+    Returns:
+        The packed program and what was done to it.
+
+    Raises:
+        PassError: The program holds no weight that is rounded on the way.
+    """
+    draft = program.copy()
+    change = apply_rules(draft, [_Pack()], Context(), "freeze")
+    if not change.count:
+        raise PassError(
+            "freeze", "no weight of this program is rounded; rewrite it with quest{mode=qat} first"
+        )
+    return draft, change
+
+
+def _rounded_constant(value: Any) -> str | None:
+    if not isinstance(value, fx.Node) or value.target is not rounded.overload:
+        return "it is not rounded"
+    bits, rotate_back = value.args[1], value.args[5]
+    if rotate_back or bits not in BITS:
+        return "its codes can't be packed"
+    return None if _stored(value) is not None else "it is computed, not a constant of the program"
+
+
+def _stored(value: fx.Node) -> fx.Node | None:
+    """The weight that a node rounds, seen through what prepares it: constants only."""
+    source = value
+    while source.op == "call_function":
+        source, *others = source.all_input_nodes
+        if any(other.op != "get_attr" for other in others):
+            return None
+    return source if source.op == "get_attr" else None
+
+
+def _value(program: Program, node: fx.Node) -> Tensor:
+    """What constants compute."""
+    if node.op == "get_attr":
+        return program.weight(node).detach()
+    env = {source: _value(program, source) for source in node.all_input_nodes}
+    found: Tensor = run_node(program, node, env, {})
+    return found
+
+
+class _Pack(Rule):
+    """`linear(x, quest_quantize(W), bias)`."""
+
+    name = "pack"
+
+    def pattern(self) -> Any:
+        return aten.linear(Var("x"), Var("weight", _rounded_constant), Var("bias"))
+
+    def rewrite(self, found: Match, build: Builder) -> fx.Node:
+        weight = found.node("weight")
+        stored = _stored(weight)
+        assert stored is not None
+        bits, block = weight.args[1:3]
+        with torch.no_grad():
+            codes, step = _codes(_value(build.program, weight.all_input_nodes[0]), bits, block)
+        return build(
+            quant_linear.overload, found.node("x"),
+            build.weight(f"{stored.target}_codes", codes),
+            build.weight(f"{stored.target}_step", step), found["bias"], bits, 0,
+        )  # fmt: skip
+
+
+def _codes(weight: Tensor, bits: Any, block: Any) -> tuple[Tensor, Tensor]:
+    values = weight.float().contiguous()
+    values = values if block == 1 else hadamard(values, block)
+    step = grid_step(values, bits)
+    return pack(to_codes(values, step, bits), bits), step

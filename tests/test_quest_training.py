@@ -1,0 +1,161 @@
+"""quest with rounded activations, and with weights that train: shared, bit-equal, refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_quest import Block, block, program_of
+from torch import Tensor, nn
+
+import resplice
+from resplice.backends.coreml import CoremlBackend, CoremlOptions
+from resplice.backends.onnx import OnnxBackend, OnnxOptions
+from resplice.compare import difference
+from resplice.errors import PassError, SpecError
+from resplice.kernels.quant_linear import quant_linear
+from resplice.kernels.quest_quantize import quest_quantize, rounded
+from resplice.passes.quest import Quest, freeze
+from resplice.pipeline import Pipeline
+from resplice.program import Program
+
+
+def rewritten(item: Quest, model: nn.Module | None = None) -> Program:
+    return Pipeline((item,)).run(program_of(model or block()), check=True)[0]
+
+
+def by_hand(model: Block, x: Tensor, weight_bits: int, act_bits: int, size: int) -> Tensor:
+    """The block with every operand rounded in its own basis, in float64."""
+
+    def linear(layer: nn.Linear, value: Tensor, order: int) -> Tensor:
+        w = layer.weight.double()
+        w = quest_quantize(w, weight_bits, hadamard=order) if weight_bits < 16 else w
+        value = quest_quantize(value, act_bits, hadamard=order) if act_bits < 16 else value
+        bias = None if layer.bias is None else layer.bias.double()
+        return nn.functional.linear(value, w, bias)
+
+    x = x.double()
+    inner = linear(model.q, x, size) * linear(model.k, x, size).sigmoid() + linear(model.v, x, size)
+    return x + linear(model.down, inner, 16)
+
+
+@pytest.mark.parametrize("mode", ["ptq", "qat"])
+@pytest.mark.parametrize(("weight_bits", "act_bits"), [(4, 4), (1, 1), (8, 8), (2, 16), (16, 4)])
+def test_products_of_rounded_operands(mode: str, weight_bits: int, act_bits: int) -> None:
+    model = block(seed=3)
+    item = Quest(weight_bits=weight_bits, act_bits=act_bits, mode=mode)  # type: ignore[arg-type]
+    program = rewritten(item, model)
+    x = torch.randn(3, 32)
+    expected = by_hand(model, x, weight_bits, act_bits, 32)
+    # a value at the border of two levels may fall to either side in float32
+    wrong = (program(x).double() - expected).abs() > 1e-4 * expected.abs().max()
+    assert wrong.float().mean() < 0.05 if act_bits < 16 else not wrong.any()
+
+
+def test_readers_of_one_value_share_its_rounding() -> None:
+    for mode in ("ptq", "qat"):
+        program = rewritten(Quest(weight_bits=4, act_bits=4, mode=mode))  # type: ignore[arg-type]
+        calls = [n for n in program.graph.nodes if n.target is rounded.overload]
+        inputs = [n for n in calls if n.args[0].op != "get_attr"]
+        assert len(inputs) == 2  # q, k and v read one, down the other
+
+
+@pytest.mark.parametrize(("weight_bits", "act_bits"), [(1, 1), (4, 4), (3, 16), (8, 8)])
+def test_freezing_is_bit_equal_to_the_trained_program(weight_bits: int, act_bits: int) -> None:
+    model = block(seed=5)
+    item = Quest(weight_bits=weight_bits, act_bits=act_bits, mode="qat")
+    trained = resplice.optimize(program_of(model), [item]).trainable()
+    program = trained.program
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.05)
+    x, target = torch.randn(3, 32), torch.randn(3, 32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = (trained(x) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
+    packed, change = freeze(program)
+    assert change.count == 4
+    assert len([n for n in packed.graph.nodes if n.target is quant_linear.overload]) == 4
+    fresh = torch.randn(3, 32)
+    assert torch.equal(packed(fresh), program(fresh))
+
+
+def test_freezing_an_untouched_program_is_refused() -> None:
+    with pytest.raises(PassError, match="mode=qat"):
+        freeze(program_of(block()))
+
+
+def test_training_has_no_groups() -> None:
+    with pytest.raises(SpecError, match="one scale per row"):
+        Quest(mode="qat", group=32)
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+def test_rounded_activations_on_both_backends(bits: int, tmp_path: Path) -> None:
+    program = rewritten(Quest(weight_bits=bits, act_bits=bits))
+    onnx = OnnxBackend().lower(program, tmp_path / "m.onnx", OnnxOptions(accuracy_level=0))
+    options = CoremlOptions(precision="fp32")
+    coreml = CoremlBackend().lower(program, tmp_path / "m.mlpackage", options)
+    x = torch.randn(3, 32)
+    for artifact in (onnx, coreml):
+        (found,) = artifact.run({program.inputs[0].name: x}).values()
+        assert difference(program(x), found).relative < 1e-4
+
+
+class Mlp(nn.Module):
+    """Un-gated: what goes down has a mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A residual block."""
+        return x + self.down(nn.functional.gelu(self.up(x), approximate="tanh"))
+
+
+def test_random_signs_help_where_an_activation_has_no_gate() -> None:
+    """Spec: 8 bits after GELU, 0.157 with the plain transform, 0.0133 with signs."""
+    torch.manual_seed(4)
+    model, x = Mlp().eval(), torch.randn(64, 64) * 4
+    expected = model(x) - x
+    error = {}
+    for signs in (False, True):
+        item = Quest(weight_bits=8, act_bits=8, signs=signs)
+        program = resplice.optimize(model, [item], example_inputs=(x,))
+        found = program(x) - x
+        error[signs] = ((found - expected).norm() / expected.norm()).item()
+    assert error[True] < 0.03
+    assert error[False] > 2 * error[True]
+
+
+@pytest.mark.parametrize("mode", ["ptq", "qat"])
+def test_signs_do_not_change_what_is_computed(mode: str) -> None:
+    torch.manual_seed(4)
+    model, x = Mlp().eval(), torch.randn(8, 64)
+    item = Quest(weight_bits=8, mode=mode, signs=True)  # type: ignore[arg-type]
+    program = resplice.optimize(model, [item], example_inputs=(x,)).program
+    assert difference(model(x), program(x)).relative < 0.02
+    flips = [n for n in program.graph.nodes if any("signs" in i.name for i in n.all_input_nodes)]
+    assert len(flips) == (1 if mode == "ptq" else 2)  # the down projection only
+    if mode == "qat":
+        packed, _ = freeze(program)
+        assert torch.equal(packed(x), program(x))
+
+
+def test_gated_inputs_are_not_flipped() -> None:
+    program = rewritten(Quest(weight_bits=4, act_bits=4, signs=True))
+    assert not [n for n in program.graph.nodes if "signs" in str(n.target)]
+
+
+def test_one_bit_after_training_warns_loudly() -> None:
+    _, steps = Pipeline((Quest(weight_bits=1, act_bits=1),)).run(program_of(block()))
+    notes = " ".join(note for change in steps[-1].changes for note in change.notes)
+    assert "WARNING: expect a relative error of 0.77" in notes
+    assert "mode=qat" in notes

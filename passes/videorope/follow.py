@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from resplice.ledger import run_node
 from resplice.pattern import NoMatch, target_name
 from resplice.program import Program
+from resplice.walk import run_node
 
 aten = torch.ops.aten
 MOVING = frozenset(

@@ -86,8 +86,10 @@ def test_onnx_and_core_ml_with_negative_positions(family: str, tmp_path: Path) -
     assert float(positions.min()) < 0
     inputs = inputs_of(family, torch.tensor(LAYOUT), positions.long())
     shapes = {"inputs_embeds": {0: "b", 1: "s"}, "position_ids": {1: "b", 2: "s"}}
-    if family == "llama":  # ids that are an input make transformers look for packed sequences
+    if family == "llama":  # without a mask, transformers looks for packed sequences
         del inputs["position_ids"], shapes["position_ids"]
+        inputs["attention_mask"] = torch.ones(2, len(LAYOUT[0]), dtype=torch.int64)
+        shapes["attention_mask"] = {0: "b", 1: "s"}
     program = rewrite(
         resplice.capture(language_model(family), inputs, dynamic_shapes=shapes, check=False)
     )

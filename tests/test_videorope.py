@@ -273,7 +273,7 @@ def test_the_form_of_transformers_4(whole: bool) -> None:
     x, positions = torch.randn(2, 19, 32), built(delta=2.0 if whole else 0.5)
     sample = positions.long() if whole else positions
     program = resplice.capture(model, (x, sample), check=False)
-    result, steps = Pipeline.of("videorope").run(program)
+    result, steps = Pipeline.of(f"videorope{{delta={2 if whole else 0.5}}}").run(program)
     assert steps[-1].sites == 2, "sections are picked in every layer"
     other = LegacyLta().eval()
     other.load_state_dict(model.state_dict())

@@ -5,9 +5,10 @@ from resplice.kernels.merge_frames import merge_frames, unmerge_frames
 from resplice.kernels.moe_ffn import moe_ffn
 from resplice.kernels.quant_linear import quant_linear
 from resplice.kernels.quest_quantize import quest_quantize
+from resplice.kernels.rope3d import rope3d
 from resplice.kernels.tile_attention import tile_attention
 
 __all__ = [
-    "hadamard", "merge_frames", "moe_ffn", "quant_linear", "quest_quantize", "tile_attention",
-    "unmerge_frames",
+    "hadamard", "merge_frames", "moe_ffn", "quant_linear", "quest_quantize", "rope3d",
+    "tile_attention", "unmerge_frames",
 ]  # fmt: skip

@@ -368,6 +368,7 @@ def _slice(node: fx.Node, value: torch.Tensor, found: Known) -> Found:
     dim = argument(node, "dim") % value.dim()
     axes: list[Axis | None] = list(found[source])
     start, step = argument(node, "start") or 0, argument(node, "step")
+    start = start.meta["val"] if isinstance(start, fx.Node) else start
     length = value.shape[dim]
     axes[dim] = _cut(axes[dim], start, length) if step == 1 else None
     return axes

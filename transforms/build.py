@@ -70,7 +70,7 @@ class Builder:
 
     def shared(self, target: Any, *args: Any) -> fx.Node:
         """Like calling the builder, but an equal node that stands earlier is used again."""
-        first = next(arg for arg in args if isinstance(arg, fx.Node))
+        first = next(node for node in _flat(args) if isinstance(node, fx.Node))
         for user in first.users:
             if user.target is target and _plain(user.args) == _plain(args) and user < self.before:
                 return user
@@ -88,4 +88,12 @@ class Builder:
 
 
 def _plain(value: Any) -> Any:
-    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
+    """Comparable arguments: lists as tuples, reads of a weight by its name."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    read = isinstance(value, fx.Node) and value.op == "get_attr"
+    return ("weight", str(value.target)) if read else value
+
+
+def _flat(values: Sequence[Any]) -> list[Any]:
+    return [x for value in values for x in (value if isinstance(value, list | tuple) else (value,))]

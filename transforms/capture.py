@@ -29,7 +29,7 @@ from resplice import repairs, weights
 from resplice.calling import CallSpec, Leaf, describe, describe_call
 from resplice.dims import Dim, DynamicShapes, per_axis
 from resplice.errors import CaptureError, InputError, UsageError
-from resplice.exported import functional, unlift
+from resplice.exported import drop_metadata_asserts, functional, unlift
 from resplice.facts import Facts, FloatWeights
 from resplice.program import Program
 from resplice.proof import prove
@@ -106,7 +106,7 @@ def capture(
     names = {f"{_INNER}.{name}": name for name, _ in weights.named(model)}
     module = unlift(exported, tuple(copies), lambda n: names.get(n, n.removeprefix(f"{_INNER}.")))
     _shorten_paths(module.graph)
-    _drop_metadata_asserts(module.graph)
+    drop_metadata_asserts(module.graph)
     _own_written_buffers(module)
     program = Program(
         module=module,
@@ -353,13 +353,6 @@ def _shorten_paths(graph: fx.Graph) -> None:
             )
         if stack:
             node.meta["nn_module_stack"] = done[id(stack)][1]
-
-
-def _drop_metadata_asserts(graph: fx.Graph) -> None:
-    """Drop trace-time dtype checks: impure, they would keep replaced subgraphs alive."""
-    for node in list(graph.nodes):
-        if node.target is aten._assert_tensor_metadata.default:
-            graph.erase_node(node)
 
 
 def _own_written_buffers(module: fx.GraphModule) -> None:

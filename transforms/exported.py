@@ -335,3 +335,10 @@ def _refuse_unsupported(exported: ExportedProgram) -> None:
                 where=where(node),
                 hint="capture the branch you need, with inputs that do not decide it",
             )
+
+
+def drop_metadata_asserts(graph: fx.Graph) -> None:
+    """Drop trace-time dtype checks: impure, they would keep replaced subgraphs alive."""
+    for node in list(graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)

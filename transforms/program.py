@@ -28,6 +28,7 @@ from resplice.dims import Dim, Size, expression, shape_text, solve
 from resplice.errors import InputError, VerifyError
 from resplice.facts import Facts
 from resplice.fxtypes import returned_nodes
+from resplice.marks import check_marks
 from resplice.show import dtype_text
 
 aten = torch.ops.aten
@@ -168,7 +169,8 @@ class Program:
         """Compare names, dtypes, ranks, sizes, named dims and their bounds with the signature.
 
         Raises:
-            InputError: Something does not fit; says which input, which axis and what was expected.
+            InputError: Something does not fit; says which input, which axis and what was expected;
+                or positions were built for other semantics than the program requires.
         """
         bound: dict[Any, int] = {}
         for node, port in zip(self.placeholders, self.inputs, strict=True):
@@ -179,6 +181,7 @@ class Program:
         for symbol, value in sizes.items():
             self._check_bounds(symbol, value)
         self._check_names(sizes)
+        check_marks(self.metadata, tensors)
 
     def _check_bounds(self, symbol: str, value: int) -> None:
         dim = self.dims.get(self.symbols.get(symbol, ""))

@@ -25,6 +25,7 @@ PASSES = {
     "quest": "resplice.passes.quest:Quest",
     "sta": "resplice.passes.sta:Sta",
     "tdtm": "resplice.passes.tdtm:Tdtm",
+    "videorope": "resplice.passes.videorope:VideoRope",
 }
 BACKENDS = {
     "coreml": "resplice.backends.coreml:CoremlBackend",

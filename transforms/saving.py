@@ -16,7 +16,7 @@ from resplice.artifact import staged
 from resplice.calling import CallSpec, Leaf
 from resplice.dims import Dim
 from resplice.errors import CaptureError, UsageError
-from resplice.exported import close, functional, lift, lift_open, unlift
+from resplice.exported import close, drop_metadata_asserts, functional, lift, lift_open, unlift
 from resplice.facts import Facts, FloatWeights
 from resplice.fxtypes import returned
 from resplice.program import Program
@@ -167,6 +167,7 @@ def _foreign(exported: ExportedProgram) -> Program:
         )
     leaves = tuple(Leaf(name, tensor=name) for name in users)
     module = unlift(functional(exported), tuple(users))
+    drop_metadata_asserts(module.graph)
     count = len(returned(module.graph))
     outputs = {"type": "builtins:tuple", "names": None, "items": ["*"] * count}
     call = CallSpec(tuple(users), leaves, outputs)

@@ -22,6 +22,7 @@ from resplice.backends.coreml.stateful import buffers_of, fill
 from resplice.cases import fresh_inputs
 from resplice.compare import Difference, keep_worst
 from resplice.errors import InputError, NumericsError
+from resplice.marks import check_marks
 from resplice.program import Program
 
 FP32_BAR, FP16_BAR = 2e-5, 5e-3
@@ -100,10 +101,12 @@ class CoremlArtifact(Artifact):
             state: From `make_state`; updated. None starts from zero and forgets.
 
         Raises:
-            InputError: An input is missing, unknown, or has the wrong kind or shape.
+            InputError: An input is missing, unknown, has the wrong kind or shape, or holds
+                positions of other semantics.
         """
         interpreter = self.interpreter(function)
         known = self._border(function)
+        check_marks(known.get("notes", {}), inputs)
         given = {known["inputs"].get(name, name): self._lowered(v) for name, v in inputs.items()}
         if state is None and self.package.states(interpreter.function):
             state = interpreter.make_state()

@@ -14,6 +14,7 @@ from resplice.backends.coreml.lower import Lowered, stands_for
 from resplice.backends.coreml.mil.tools import coremltools as ct
 from resplice.backends.coreml.mil.tools import silent
 from resplice.backends.coreml.options import CoremlOptions
+from resplice.backends.coreml.precision import angle_nodes
 from resplice.backends.coreml.validation import validate, validated_once
 from resplice.dims import Dim
 from resplice.errors import LoweringError, UsageError
@@ -49,7 +50,8 @@ def convert_program(
     for number, node in enumerate(nodes):
         node.meta["debug_handle"] = number
     exported = lift(draft, dialect="ATEN")
-    wide = {number for number, node in enumerate(nodes) if stands_for(node) in keep_wide}
+    angles = angle_nodes(draft.graph)
+    wide = {i for i, node in enumerate(nodes) if stands_for(node) in keep_wide or node in angles}
     try:
         with silent(), taught(), plain_input_shapes(), validated_once(), torch.no_grad():
             model = ct.convert(

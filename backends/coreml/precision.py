@@ -30,9 +30,15 @@ def fragile_nodes(program: Program) -> set[str]:
     """Names of the nodes that must stay in float32."""
     nodes = list(program.graph.nodes)
     wide = _past_range(program)
-    wide |= _before((n for n in nodes if n.target in _ANGLES), depth=len(nodes))
+    wide |= angle_nodes(program.graph)
     wide |= _before((n for n in nodes if n.target in _ROOTS), depth=_ROOT_DEPTH)
     return {node.name for node in wide if node.op == "call_function"}
+
+
+def angle_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Cosines and sines of a graph and what leads to them; our ops hide theirs until lowered."""
+    nodes = list(graph.nodes)
+    return _before((n for n in nodes if n.target in _ANGLES), depth=len(nodes))
 
 
 def _past_range(program: Program) -> set[fx.Node]:

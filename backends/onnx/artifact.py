@@ -15,6 +15,7 @@ import torch
 
 from resplice.artifact import Artifact
 from resplice.errors import InputError, LoweringError
+from resplice.marks import check_marks
 
 
 @dataclass
@@ -39,9 +40,10 @@ class OnnxArtifact(Artifact):
         """Execute on named inputs.
 
         Raises:
-            InputError: onnxruntime refuses the inputs.
+            InputError: onnxruntime refuses the inputs, or positions have other semantics.
         """
         session = self.session(function)
+        check_marks(self.metadata.get("notes", {}), inputs)
         wanted = [item.name for item in session.get_inputs()]
         missing = [name for name in wanted if name not in inputs]
         if missing:

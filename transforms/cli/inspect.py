@@ -131,7 +131,7 @@ def _explanation(steps: list[Step], before: Program, after: Program) -> str:
 
 
 def _metrics(metrics: dict[str, Any]) -> str:
-    if "summary" in metrics:
+    if metrics.get("summary"):
         return f": {metrics['summary']}"
     if metrics.get("sqnr_db") is None:
         return ""

@@ -6,7 +6,7 @@ Every part of the JSON may be missing or None; the template says in words what i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import groupby
@@ -230,6 +230,7 @@ def _page(data: Json) -> Json:
         "error_plot": _error_plot(nodes),
         "worst": sorted(filter(_differs, nodes), key=_badness)[:WORST],
         "weight_plot": _weight_plot(sites),
+        "bands": list(_bands(sites)),
         "pictures": _pictures(sites),
         "sites": _site_tables(sites),
         "refusals": _refusals(refusals),
@@ -406,16 +407,21 @@ def _texts(site: Found) -> tuple[str, str]:
     return str(site.item.get("before") or ""), str(site.item.get("after") or "")
 
 
+_PLOTTED = ("curves", "oscillation", "axis_map_before", "axis_map_after")
+"""Metrics too long for a cell; they are drawn or summed up elsewhere."""
+
+
 def _site_tables(sites: Sequence[Found]) -> list[Json]:
     tables = []
     for (step, function), group in groupby(sites, key=lambda site: (site.step, site.function)):
         rows = list(group)
-        keys = dict.fromkeys(key for row in rows for key in mapping(row.item.get("metrics")))
+        found = dict.fromkeys(key for row in rows for key in mapping(row.item.get("metrics")))
+        keys = [key for key in found if key not in _PLOTTED]
         tables.append(
             {
                 "pass": step,
                 "function": function,
-                "keys": list(keys),
+                "keys": keys,
                 "rows": rows[:MOST_ROWS],
                 "count": len(rows),
             }
@@ -483,6 +489,23 @@ def _weight_plot(sites: Sequence[Found]) -> str:
     if not known:
         return ""
     return Markup(plots.weights(*zip(*known, strict=True)))  # as above
+
+
+def _bands(sites: Sequence[Found]) -> Iterator[Json]:
+    """Score curves of rotary sites, one plot per different pair of curves."""
+    seen: list[Any] = []
+    for site in sites:
+        metrics = mapping(site.item.get("metrics"))
+        both = metrics.get("curves")
+        if not isinstance(both, list) or len(both) != 2 or both in seen:
+            continue
+        seen.append(both)
+        before, after = ([real(value) or 0.0 for value in curve] for curve in both)
+        yield {
+            "node": str(site.item.get("node")),
+            "summary": str(metrics.get("summary") or ""),
+            "plot": Markup(plots.curves(before, after, "score of the temporal band")),  # as above
+        }
 
 
 def _bar_plot(rows: Sequence[Json], name: str, unit: str) -> str:

@@ -94,6 +94,11 @@ def weights(measured: Sequence[float], theory: Sequence[float | None]) -> str:
     return _svg(lambda axes: _weights(axes, measured, theory), "Error of the weights", 3.2)
 
 
+def curves(before: Sequence[float], after: Sequence[float], axis: str) -> str:
+    """Two curves over the same steps, one before and one after a rewrite."""
+    return _svg(lambda axes: _curves(axes, before, after, axis), axis, 3.0)
+
+
 def pairs(rows: Sequence[Pair]) -> str:
     """Figures after the passes as a share of those before."""
     return _svg(lambda axes: _pairs(axes, rows), "Size and cost", 0.9 + 0.62 * len(rows))
@@ -146,6 +151,14 @@ def _weights(axes: Axes, measured: Sequence[float], theory: Sequence[float | Non
     axes.plot(range(len(measured)), measured, "o", color=_SERIES[0], markersize=3, label="measured")
     axes.set_xlabel("site, in graph order")
     axes.set_ylabel("weight SQNR (dB)")
+    axes.figure.legend(loc="outside upper left", ncols=2)
+
+
+def _curves(axes: Axes, before: Sequence[float], after: Sequence[float], axis: str) -> None:
+    for values, colour, name in ((before, _SERIES[3], "before"), (after, _SERIES[0], "after")):
+        axes.plot(range(len(values)), values, color=colour, linewidth=1.2, label=name)
+    axes.set_xlabel("distance in frames")
+    axes.set_ylabel(_short(axis, 80))
     axes.figure.legend(loc="outside upper left", ncols=2)
 
 

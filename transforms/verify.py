@@ -67,8 +67,15 @@ def _structure(program: Program) -> Iterator[str]:
         yield f"inputs are {found}, the calling convention says {', '.join(names)}"
 
 
+def _has_value(node: fx.Node) -> bool:
+    """Runtime assertions return nothing, so there is no shape to record."""
+    if isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.returns:
+        return False
+    return node.op in ("placeholder", "get_attr", "call_function")
+
+
 def _node(program: Program, node: fx.Node) -> Iterator[str]:
-    if node.op in ("placeholder", "get_attr", "call_function") and "val" not in node.meta:
+    if _has_value(node) and "val" not in node.meta:
         yield f"no shape is recorded for {where(node)}"
     if node.op == "get_attr" and not weights.has(program.module, str(node.target)):
         yield f"there is no weight {node.target}, read by {where(node)}"
@@ -101,7 +108,7 @@ def _is_effect(node: fx.Node) -> bool:
 
 def _recorded_shapes(program: Program) -> Iterator[str]:
     for node in program.graph.nodes:
-        if node.op != "call_function":
+        if node.op != "call_function" or not _has_value(node):
             continue
         try:
             value, recorded = evaluate(program.fake_mode, node), node.meta["val"]

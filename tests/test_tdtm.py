@@ -573,8 +573,20 @@ def test_quantised_projections_are_merged_too() -> None:
 # ---- in the first steps only --------------------------------------------------------------
 
 
-def test_two_phases_share_weights_and_drive_the_sampler(tmp_path: Path) -> None:
-    onnx = pytest.importorskip("resplice.backends.onnx")
+def lowered(program: Program, backend: str, folder: Path) -> Any:
+    if backend == "onnx":
+        return (
+            pytest.importorskip("resplice.backends.onnx")
+            .OnnxBackend()
+            .lower(program, folder / "both.onnx")
+        )
+    coreml = pytest.importorskip("resplice.backends.coreml")
+    options = coreml.CoremlOptions(precision="fp32")
+    return coreml.CoremlBackend().lower(program, folder / "both.mlpackage", options)
+
+
+@pytest.mark.parametrize("backend", ["onnx", "coreml"])
+def test_two_phases_share_weights_and_drive_the_sampler(backend: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = sharpen(STDiT3().eval(), 5.0)
     given = inputs(frames=3, rows=4, columns=4)
@@ -587,10 +599,10 @@ def test_two_phases_share_weights_and_drive_the_sampler(tmp_path: Path) -> None:
     assert all(shared[name].data_ptr() == own[name].data_ptr() for name in own if name in shared)
     assert any(n.target is unmerge_frames.overload for n in both.graph.nodes)
     assert both.metadata["tdtm"]["steps"] == 2
-    artifact = onnx.OnnxBackend().lower(both, tmp_path / "both.onnx")
+    artifact = lowered(both, backend, tmp_path)
     rest = {k: v for k, v in given.items() if k not in ("x", "timestep")}
     times = timesteps(4)
-    by_onnx = sample(
+    found = sample(
         Phased(of_artifact(artifact), of_artifact(artifact, "full"), 2), given["x"], times, rest
     )
 
@@ -603,6 +615,6 @@ def test_two_phases_share_weights_and_drive_the_sampler(tmp_path: Path) -> None:
         clock = torch.full((2,), t)
         v = eager(i)(**{**given, "x": z, "timestep": clock})[:, :4]
         z = z + v * (t - (times[i + 1] if i < 3 else 0.0)) / 1000
-    assert difference(z, by_onnx.latents).relative <= 1e-4
+    assert difference(z, found.latents).relative <= 1e-4
     with pytest.raises((PassError, SpecError), match="a function 'full' already"):
         Pipeline.of("tdtm{steps=1 layers=0},tdtm{steps=1}").run(program)

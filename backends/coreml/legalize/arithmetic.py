@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -283,18 +284,18 @@ def sums_from_the_front(build: Builder, node: fx.Node) -> fx.Node | None:
 
 
 def differences_of_slices(build: Builder, node: fx.Node) -> fx.Node | None:
-    """diff(x, 1, d) -> x[1:] - x[:-1] along d."""
+    """diff(x, 1, d, prepend=p) -> y[1:] - y[:-1] along d, y = cat([p, x], d); booleans by ne."""
     if node.target is not aten.diff.default or argument(node, "n") not in (1, None):
-        return None
-    if argument(node, "prepend") is not None or argument(node, "append") is not None:
         return None
     x, axis = source(node), argument(node, "dim")
     axis = (-1 if axis is None else int(axis)) % rank(x)
-    if dtype(x) is torch.bool or not isinstance(x.meta["val"].shape[axis], int):
-        return None
-    later = build(aten.slice.Tensor, x, axis, 1, x.meta["val"].shape[axis])
-    earlier = build(aten.slice.Tensor, x, axis, 0, x.meta["val"].shape[axis] - 1)
-    return build(aten.sub.Tensor, later, earlier)
+    ends = (argument(node, "prepend"), x, argument(node, "append"))
+    parts = [part for part in ends if part is not None]
+    whole = build(aten.cat.default, parts, axis) if len(parts) > 1 else x
+    later = build(aten.slice.Tensor, whole, axis, 1, sys.maxsize)
+    earlier = build(aten.slice.Tensor, whole, axis, 0, -1)
+    apart = aten.ne.Tensor if dtype(x) is torch.bool else aten.sub.Tensor
+    return build(apart, later, earlier)
 
 
 def other_logarithms(build: Builder, node: fx.Node) -> fx.Node | None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import cmoe_worker
 import numpy as np
 import pytest
 import torch
+from cmoe_worker import BATCHES, carved_weights, weights
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-import resplice
 from resplice.compare import difference
-from resplice.context import Context
 from resplice.errors import OpError
 from resplice.kernels.moe_ffn import moe_ffn
 from resplice.kernels.moe_routing import ACTIVATIONS
@@ -24,18 +27,10 @@ from resplice.passes.cmoe.clusters import Groups, assign, representatives, sizes
 from resplice.passes.cmoe.ffn import Ffn
 from resplice.passes.cmoe.profile import profile_markers
 from resplice.passes.cmoe.routers import expert_mass, neuron_router
-from resplice.pipeline import Pipeline
 
 DATA = Path(__file__).parent / "data"
 VECTORS = sorted(DATA.glob("cmoe_*.npz"))
 BAR = 1e-5
-
-
-def weights(d: int = 16, f: int = 64, q: int = 96, seed: int = 0) -> tuple[Tensor, ...]:
-    """gate, up, down and tokens."""
-    g = torch.Generator().manual_seed(seed)
-    draw = lambda *s: torch.randn(*s, generator=g)  # noqa: E731
-    return draw(f, d) / 2, draw(f, d) / 2, draw(d, f) / 4, draw(q, d)
 
 
 def dense(gate: Tensor, up: Tensor, down: Tensor, x: Tensor) -> Tensor:
@@ -405,52 +400,15 @@ def test_several_representatives_add_their_activations() -> None:
 # ---- two processes -----------------------------------------------------------------------
 
 
-BATCHES = [{"x": torch.randn(50, 32, generator=torch.Generator().manual_seed(i))} for i in range(4)]
-
-
-def carved_weights(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Weights of a program of two layers after the pass."""
-    from conftest import Mlp
-
-    torch.manual_seed(0)
-    program = resplice.capture(Mlp().eval(), (torch.randn(50, 32),))
-    carved, _ = Pipeline.of("cmoe{k-act=5}").run(program, Context(calibration=batches))
-    return {name: value.detach() for name, value in carved.named_weights() if "cmoe" in name}
-
-
-def _worker(rank: int, world: int, port: int, folder: str) -> None:
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
-    )
-    gate, up, down, x = weights(q=301)
-    for router, profile in (("analytic", "code"), ("ridge", "paper")):
-        part = x[:120] if rank == 0 else x[120:]
-        found = carve(
-            gate, up, down, part, experts=8, shared=2, active=2, k_act=5, router=router,
-            profile=profile,
-        )  # fmt: skip
-        assert found.router is not None
-        torch.save(
-            {"shared": found.shared, "experts": found.experts, "rates": found.rates,
-             "cost": found.assignment_cost, "router": found.router.weight},
-            f"{folder}/{router}-{rank}.pt",
-        )  # fmt: skip
-    torch.save(carved_weights(BATCHES[rank::2]), f"{folder}/pass-{rank}.pt")
-    dist.destroy_process_group()
-
-
 def test_two_processes_carve_like_one(tmp_path: Path) -> None:
-    import socket
-
-    import torch.multiprocessing as mp
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_worker, (2, port, str(tmp_path)), nprocs=2)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    worker = Path(cmoe_worker.__file__)
+    environment = {**os.environ, "PYTHONPATH": str(worker.parent), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [*torchrun, str(worker), str(tmp_path)], capture_output=True, text=True, env=environment,
+        check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
     gate, up, down, x = weights(q=301)
     for router, profile in (("analytic", "code"), ("ridge", "paper")):
         one = carve(

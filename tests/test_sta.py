@@ -131,7 +131,11 @@ def test_a_window_is_a_dense_mask_eagerly(name: str) -> None:
     agree(expected, results(sparse, others), EAGER)
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+QUICK = ("wan", "hunyuanvideo", "ltx")
+LOWERED = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in EXPECTED]
+
+
+@pytest.mark.parametrize("name", LOWERED)
 def test_a_window_is_a_dense_mask_in_onnxruntime(name: str, tmp_path: Path) -> None:
     onnx = pytest.importorskip("resplice.backends.onnx")
     sparse, (args, kwargs), expected = windowed(name)
@@ -140,7 +144,7 @@ def test_a_window_is_a_dense_mask_in_onnxruntime(name: str, tmp_path: Path) -> N
     agree(expected, list(found.values()), artifact.bar + EAGER)
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", LOWERED)
 def test_a_window_is_a_dense_mask_in_core_ml(name: str, tmp_path: Path) -> None:
     coreml = pytest.importorskip("resplice.backends.coreml")
     sparse, (args, kwargs), expected = windowed(name)

@@ -35,6 +35,11 @@ class Difference:
         """Whether the result is finite and its relative error at most `bar`."""
         return self.finite and not self.relative > bar
 
+    @property
+    def rms(self) -> float:
+        """Root mean square of the error over that of the reference."""
+        return 0.0 if self.sqnr_db is None else 10 ** (-self.sqnr_db / 20)
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-able form."""
         return asdict(self)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from resplice import weights
 from resplice.artifact import staged
-from resplice.backends.onnx.artifact import OnnxArtifact, function_file
+from resplice.backends.onnx.artifact import EXACT_BAR, OnnxArtifact, function_file
 from resplice.backends.onnx.export import export_model
 from resplice.backends.onnx.lower import lower_program
 from resplice.backends.onnx.options import OnnxOptions
@@ -19,8 +19,6 @@ from resplice.cases import fresh_cases
 from resplice.compare import Difference
 from resplice.program import Program
 from resplice.saving import program_metadata
-
-EXACT_BAR = 1e-4
 
 
 class OnnxBackend:

@@ -261,6 +261,7 @@ class _Trainer:
             "low": {name: [p.detach() for p in pair] for name, pair in self.low.items()},
             "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
         torch.save(state, part)
         part.replace(path)

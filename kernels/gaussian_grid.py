@@ -28,13 +28,14 @@ RELATIVE_MSE = {
     7: 3.0437e-4, 8: 8.782e-5,
 }  # fmt: skip
 """Expected squared error over squared value for Gaussian values, by bits."""
-_TINY = 1e-8
+TINY = 1e-8
+"""Added to the clip bound, so that a row of zeros has a step."""
 
 
 def grid_step(values: Tensor, bits: int) -> Tensor:
     """Distance between levels, one per group (the last axis), in float32: shape [..., 1]."""
     intervals: int = 2**bits - 1
-    return 2 * (ALPHA[bits] * root_mean_square(values) + _TINY) / intervals
+    return 2 * (ALPHA[bits] * root_mean_square(values) + TINY) / intervals
 
 
 def root_mean_square(values: Tensor) -> Tensor:

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from resplice.cost import Cost
 from resplice.errors import OpError
-from resplice.kernels.gaussian_grid import ALPHA, from_codes, grid_step, root_mean_square, to_codes
+from resplice.kernels.gaussian_grid import (
+    ALPHA,
+    TINY,
+    from_codes,
+    grid_step,
+    root_mean_square,
+    to_codes,
+)
 from resplice.kernels.hadamard import hadamard, largest_block, transform_by_product
 from resplice.ops import OpSample, op
 
@@ -169,7 +176,7 @@ def _by_arithmetic(
     build: Any, x: Any, bits: int, block: int, clip: float, estimator: str, rotate_back: bool
 ) -> Any:
     """The same arithmetic in float32, around the transform's own lowering."""
-    kind, half, tiny = x.meta["val"].dtype, 2 ** (bits - 1), 1e-8
+    kind, half = x.meta["val"].dtype, 2 ** (bits - 1)
 
     def turn(value: Any) -> Any:
         return value if block == 1 else transform_by_product(build, value, block)
@@ -178,7 +185,7 @@ def _by_arithmetic(
     values = turn(wide)
     power = build(aten.mean.dim, build(aten.mul.Tensor, values, values), [-1], True)
     scale = build(aten.mul.Tensor, build(aten.sqrt.default, power), ALPHA[bits])
-    step = build(aten.mul.Tensor, build(aten.add.Tensor, scale, tiny), 2 / (2 * half - 1))
+    step = build(aten.mul.Tensor, build(aten.add.Tensor, scale, TINY), 2 / (2 * half - 1))
     codes = build(
         aten.round.default, build(aten.add.Tensor, build(aten.div.Tensor, values, step), 0.5)
     )

@@ -42,6 +42,10 @@ class Refusal:
         return f"{self.node} in {self.origin}: {self.reason}"
 
 
+class Refused(Exception):  # noqa: N818  # control flow inside a pass: the reason is a result
+    """Why a candidate is left alone; whoever looks for sites turns it into a refusal."""
+
+
 @dataclass
 class RuleStats:
     """How often a rule was tried and hit, and the near miss that got deepest."""

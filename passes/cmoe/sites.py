@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from resplice.change import Refused
 from resplice.dims import same_shape
 from resplice.origin import describe_target
 from resplice.passes.cmoe.activations import IDENTITY, is_pointwise, name_activation
@@ -131,10 +132,6 @@ class _NoLayer(Exception):  # noqa: N818  # control flow: nothing like a feed-fo
     """Not worth a refusal."""
 
 
-class _Refused(Exception):  # noqa: N818  # control flow: the reason is a result
-    """Why something like a feed-forward layer is left alone."""
-
-
 def find_ffns(program: Program) -> Sites:
     """Find the feed-forward layers of a program in normal form."""
     found, order = Sites(), {node: i for i, node in enumerate(program.graph.nodes)}
@@ -145,10 +142,10 @@ def find_ffns(program: Program) -> Sites:
             site = _Search(program, projections, order).site(down, len(found.found))
             own = {down.node, site.first.projection.node}
             if own & taken:
-                raise _Refused("its projections belong to the layer before it")
+                raise Refused("its projections belong to the layer before it")
             taken |= own
             found.found.append(site)
-        except _Refused as reason:
+        except Refused as reason:
             found.refused.append((down.node, str(reason)))
         except _NoLayer:
             continue
@@ -200,17 +197,17 @@ class _Search:
 
     def _check(self, down: Projection, first: Leaf, second: Leaf | None, joined: bool) -> None:
         if second is not None and second.projection.x is not first.projection.x:
-            raise _Refused("gate and up read different values")
+            raise Refused("gate and up read different values")
         if second is not None and second.length != first.length:
-            raise _Refused(f"gate has {first.length} neurons, up has {second.length}")
+            raise Refused(f"gate has {first.length} neurons, up has {second.length}")
         x, result = first.projection.x.meta["val"], down.node.meta["val"]
         if x.shape[-1] != result.shape[-1]:
-            raise _Refused(
+            raise Refused(
                 f"it maps {x.shape[-1]} values to {result.shape[-1]}: an embedder or a head, "
                 "no layer of a residual stream"
             )
         if not same_shape(x[..., 0], result[..., 0]):
-            raise _Refused("its input and its result have different leading axes")
+            raise Refused("its input and its result have different leading axes")
 
     def _joined(
         self, down: Projection
@@ -231,7 +228,7 @@ class _Search:
     def _is_hidden(self, node: fx.Node) -> bool:
         try:
             self._layer(node)
-        except (_Refused, _NoLayer):
+        except (Refused, _NoLayer):
             return False
         return True
 
@@ -243,7 +240,7 @@ class _Search:
             if name == IDENTITY:
                 raise _NoLayer
             if name is None:
-                raise _Refused("its activation is none of those that moe_ffn knows")
+                raise Refused("its activation is none of those that moe_ffn knows")
             return leaves[0], None, name, inside
         product = _through_reshapes(hidden)
         if len(leaves) > 2 or product.target is not aten.mul.Tensor:
@@ -251,7 +248,7 @@ class _Search:
         sides = [self._side(factor) for factor in product.args[:2]]
         names = [name for _, name in sides]
         if names.count(IDENTITY) != 1:
-            raise _Refused(f"its gate is {names[0]} times {names[1]}")
+            raise Refused(f"its gate is {names[0]} times {names[1]}")
         (gate, name), (up, _) = sides if names[1] == IDENTITY else sides[::-1]
         return gate, up, name, inside
 
@@ -260,10 +257,10 @@ class _Search:
             raise _NoLayer
         leaves, inside = self._trace(factor)
         if len(leaves) != 1:
-            raise _Refused("both factors of its gate depend on both projections")
+            raise Refused("both factors of its gate depend on both projections")
         name = name_activation(self.program, _through_reshapes(factor), inside)
         if name is None:
-            raise _Refused("its activation is none of those that moe_ffn knows")
+            raise Refused("its activation is none of those that moe_ffn knows")
         return leaves[0], name
 
     def _trace(self, hidden: fx.Node) -> tuple[list[Leaf], list[fx.Node]]:
@@ -316,7 +313,7 @@ class _Search:
                     own.add(user)
                     frontier.append(user)
                     continue
-                raise _Refused(f"{node.name} is also read by {user.name}")
+                raise Refused(f"{node.name} is also read by {user.name}")
 
 
 def _last(node: fx.Node) -> int:

@@ -11,11 +11,9 @@ from resplice.build import Builder
 from resplice.change import Change
 from resplice.context import Context
 from resplice.errors import PassError
-from resplice.kernels.gaussian_grid import grid_step, to_codes
-from resplice.kernels.hadamard import hadamard
-from resplice.kernels.packing import pack
 from resplice.kernels.quant_linear import BITS, quant_linear
 from resplice.kernels.quest_quantize import rounded
+from resplice.passes.quest.weights import codes_of_rows
 from resplice.pattern import Match, Var, aten
 from resplice.program import Program
 from resplice.rules import Rule, apply_rules
@@ -87,18 +85,12 @@ class _Pack(Rule):
         weight = found.node("weight")
         stored = _stored(weight)
         assert stored is not None
-        bits, block = weight.args[1:3]
+        bits, block = int(weight.args[1]), int(weight.args[2])  # type: ignore[arg-type]  # ints by schema
         with torch.no_grad():
-            codes, step = _codes(_value(build.program, weight.all_input_nodes[0]), bits, block)
+            values = _value(build.program, weight.all_input_nodes[0])
+            codes, step = codes_of_rows(values, bits, 0, block)
         return build(
             quant_linear.overload, found.node("x"),
             build.weight(f"{stored.target}_codes", codes),
             build.weight(f"{stored.target}_step", step), found["bias"], bits, 0,
         )  # fmt: skip
-
-
-def _codes(weight: Tensor, bits: Any, block: Any) -> tuple[Tensor, Tensor]:
-    values = weight.float().contiguous()
-    values = values if block == 1 else hadamard(values, block)
-    step = grid_step(values, bits)
-    return pack(to_codes(values, step, bits), bits), step

@@ -80,7 +80,7 @@ def quantize_weight(
         )
     size, block = int(weight.shape[1]), hadamard_block(int(weight.shape[1]), hadamard)
     rows = max(1, _ROWS_AT_ONCE // size)
-    parts = [_quantize_rows(part, bits, group, block) for part in weight.detach().split(rows)]
+    parts = [codes_of_rows(part, bits, group, block) for part in weight.detach().split(rows)]
     codes, steps = (torch.cat(column) for column in zip(*parts, strict=True))
     return QuantizedWeight(codes, steps, bits, group, block, size)
 
@@ -103,7 +103,8 @@ def hadamard_block(size: int, wanted: Block) -> int:
     return wanted
 
 
-def _quantize_rows(weight: Tensor, bits: int, group: int, block: int) -> tuple[Tensor, Tensor]:
+def codes_of_rows(weight: Tensor, bits: int, group: int, block: int) -> tuple[Tensor, Tensor]:
+    """Packed codes and steps of a matrix, rotated by a known block; 1 is none."""
     values = weight.float()
     values = hadamard(values.contiguous(), block) if block > 1 else values
     if group == 0:

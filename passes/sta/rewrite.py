@@ -9,7 +9,7 @@ Source: "Fast Video Generation with Sliding Tile Attention", arXiv 2502.04507.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
@@ -28,12 +28,10 @@ from resplice.pass_base import Exact, Meaning, Pass, Redefines, option
 from resplice.passes.sta.sites import AttentionSite, find_sites
 from resplice.passes.sta.windows import WindowTable, load_windows, windows_for
 from resplice.pattern import argument
+from resplice.phases import is_full, keep_full
 from resplice.program import Program
 from resplice.rules import replace_node
 from resplice.show import show_nodes
-
-FULL = "full"
-"""Name of the function that keeps full attention, with `two-phase=true`."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +85,14 @@ class Sta(Pass):
         Raises:
             UsageError: A window does not fit a site, or the file of windows can't be read.
         """
-        if program.metadata.get("sta", {}).get("phase") == FULL:
+        if is_full(program, self.name):
             return Change(notes=["full phase: left as it is"])
         table = self._table()
         found, change = find_sites(program, self.canvas), Change()
         for node, reason in found.refused:
             change.refuse(node, reason)
         if self.two_phase and found.found:
-            _keep_full(program)
+            keep_full(program, self.name, "two-phase=true")
         for site in found.found:
             why = self._left_alone(site, table)
             if why:
@@ -166,15 +164,6 @@ def _mask(build: Builder, site: AttentionSite) -> fx.Node | None:
     if span is None or mask is None or span[1] - span[0] == mask.meta["val"].shape[3]:
         return mask if span else None
     return build.shared(torch.ops.aten.slice.Tensor, mask, -1, *span)
-
-
-def _keep_full(program: Program) -> None:
-    """Add the program as it is under the name `full`; the weights are shared."""
-    if FULL in program.functions:
-        raise SpecError(f"sta: two-phase=true, but there is a function {FULL!r} already")
-    full = replace(program.copy(), functions={})
-    full.metadata["sta"] = {"phase": FULL}
-    program.functions[FULL] = full
 
 
 def _by(sizes: Any) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from resplice.axes import Atom, Axis, Segment, axes_of, size_of
+from resplice.change import Refused
 from resplice.errors import UsageError
 from resplice.kernels.tile_grid import Triple
 from resplice.origin import module_path
@@ -81,10 +82,6 @@ class Sites:
     refused: list[tuple[fx.Node, str]] = field(default_factory=list)
 
 
-class _Refused(Exception):  # noqa: N818  # control flow: the reason is a result
-    """Why an attention is no site."""
-
-
 def find_sites(program: Program, canvas: Sequence[int] = ()) -> Sites:
     """Find the attentions over all tokens of a video.
 
@@ -105,7 +102,7 @@ def find_sites(program: Program, canvas: Sequence[int] = ()) -> Sites:
             place = _place(node, axes, tuple(canvas))
             layer += 1
             result.found.append(_site(program, node, layer - 1, place))
-        except _Refused as reason:
+        except Refused as reason:
             result.refused.append((node, str(reason)))
     return result
 
@@ -122,10 +119,10 @@ def _place(node: fx.Node, axes: dict[fx.Node, list[Axis]], canvas: tuple[int, ..
     q, k, v = (n for n in node.args[:3] if isinstance(n, fx.Node))
     shapes = [n.meta["val"].shape for n in (q, k, v)]
     if any(len(shape) != 4 for shape in shapes):
-        raise _Refused("it has no [batch, heads, tokens, channels] operands")
+        raise Refused("it has no [batch, heads, tokens, channels] operands")
     lengths = [shape[2] for shape in shapes]
     if len(set(lengths)) > 1:
-        raise _Refused(f"cross-attention: {lengths[0]} queries, {lengths[1]} keys")
+        raise Refused(f"cross-attention: {lengths[0]} queries, {lengths[1]} keys")
     number = _canvas_segment(axes[q], canvas)
     _same_tokens(axes[q][2], axes[k][2], axes[v][2], number)
     segments = axes[q][2]
@@ -133,7 +130,7 @@ def _place(node: fx.Node, axes: dict[fx.Node, list[Axis]], canvas: tuple[int, ..
         sum(map(size_of, part)) for part in (segments[:number], segments[number + 1 :])
     )
     if before and after:
-        raise _Refused(f"it has {before} tokens before and {after} after the video")
+        raise Refused(f"it has {before} tokens before and {after} after the video")
     sizes = canvas or tuple(atom.size for atom in segments[number])
     t, h, w = (int(size) for size in sizes)
     return _Place((t, h, w), int(before + after), bool(before))
@@ -145,10 +142,10 @@ def _refuse_dynamic(program: Program, node: fx.Node, axes: dict[fx.Node, list[Ax
     if isinstance(length, int) and isinstance(keys, int):
         return
     if length != keys:
-        raise _Refused(f"cross-attention: {length} queries, {keys} keys")
+        raise Refused(f"cross-attention: {length} queries, {keys} keys")
     moving = [f"axis {a.axis} of {a.source}" for a in _atoms(axes[q][-2]) if not _fixed(a.size)]
     where = f" ({', '.join(moving)})" if moving else ""
-    raise _Refused(
+    raise Refused(
         f"its number of tokens is dynamic: {length}{where}; tiles need a fixed grid, so "
         "capture one program per resolution, with these axes fixed"
     )
@@ -163,22 +160,22 @@ def _canvas_segment(axes: Sequence[Axis], canvas: tuple[int, ...]) -> int:
     segments = axes[2]
     grids = [i for i, segment in enumerate(segments) if _is_grid(segment)]
     if len(grids) > 1:
-        raise _Refused("its tokens hold more than one video")
+        raise Refused("its tokens hold more than one video")
     if grids:
         segment = segments[grids[0]]
         sizes = tuple(atom.size for atom in segment)
         if canvas and sizes != canvas:
-            raise _Refused(f"its canvas is {_by(sizes)}, canvas={_by(canvas)} is given")
+            raise Refused(f"its canvas is {_by(sizes)}, canvas={_by(canvas)} is given")
         rest = [a for a in _atoms(axes[0]) if any(_same_axis(a, b) for b in segment)]
         if rest:
-            raise _Refused(f"it attends within parts of the video: {_told(rest)} is in its batch")
+            raise Refused(f"it attends within parts of the video: {_told(rest)} is in its batch")
         return grids[0]
     if not canvas:
-        raise _Refused(_no_grid(axes))
+        raise Refused(_no_grid(axes))
     fitting = [i for i, segment in enumerate(segments) if size_of(segment) == math.prod(canvas)]
     if len(fitting) != 1:
         parts = " + ".join(str(size_of(segment)) for segment in segments)
-        raise _Refused(f"canvas={_by(canvas)} is {math.prod(canvas)} tokens, it has {parts}")
+        raise Refused(f"canvas={_by(canvas)} is {math.prod(canvas)} tokens, it has {parts}")
     return fitting[0]
 
 
@@ -219,12 +216,12 @@ def _same_tokens(q: Axis, k: Axis, v: Axis, number: int) -> None:
     """Refuse keys and values of other tokens."""
     shapes = [[size_of(segment) for segment in axis] for axis in (q, k, v)]
     if shapes[0] != shapes[1] or shapes[0] != shapes[2]:
-        raise _Refused("cross-attention: its keys are other tokens than its queries")
+        raise Refused("cross-attention: its keys are other tokens than its queries")
     if q[number] != k[number]:
-        raise _Refused("cross-attention: its keys are other tokens than its queries")
+        raise Refused("cross-attention: its keys are other tokens than its queries")
     plain = len(v[number]) == 1 and q[number][0].origin == "constant"
     if q[number] != v[number] and not plain:  # positions say more of q and k than is known of v
-        raise _Refused("cross-attention: its values are other tokens than its queries")
+        raise Refused("cross-attention: its values are other tokens than its queries")
 
 
 def _atoms(axis: Axis) -> list[Atom]:
@@ -249,14 +246,14 @@ def _site(program: Program, node: fx.Node, layer: int, place: _Place) -> Attenti
         q.meta["val"].shape[2],
     )
     if argument(node, "is_causal") or argument(node, "dropout_p"):
-        raise _Refused("it is causal or drops weights")
+        raise Refused("it is causal or drops weights")
     if not isinstance(heads, int) or heads != key_heads:
-        raise _Refused(f"it has {heads} query heads and {key_heads} key heads")
+        raise Refused(f"it has {heads} query heads and {key_heads} key heads")
     image_open = True
     if mask is not None:
         shape = mask.meta["val"].shape
         if len(shape) != 4 or shape[2] != 1 or shape[3] != tokens:
-            raise _Refused(f"its mask is {list(shape)}: one per query can't be kept")
+            raise Refused(f"its mask is {list(shape)}: one per query can't be kept")
         start = place.text_length if place.text_first else 0
         image_open = is_open(program, mask, start, start + math.prod(place.canvas))
     return AttentionSite(

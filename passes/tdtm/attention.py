@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from resplice.axes import Axis
+from resplice.change import Refused
 from resplice.passes.tdtm.frames import (
     Frames,
-    Refused,
     carried,
     frames_in,
     is_projection,

@@ -19,14 +19,11 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from resplice.axes import Atom, Axis, regrouped, size_of
+from resplice.change import Refused
 from resplice.pattern import argument, target_name
 
 Size = Any  # int or torch.SymInt
 PROJECTIONS = ("aten.linear", "resplice.quant_linear")
-
-
-class Refused(Exception):  # noqa: N818  # control flow: the reason is a result
-    """Why an attention is left alone."""
 
 
 @dataclass(frozen=True)

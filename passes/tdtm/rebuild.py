@@ -17,11 +17,11 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from resplice.build import Builder
+from resplice.change import Refused
 from resplice.kernels.merge_frames import group_count, merge_frames, unmerge_frames
 from resplice.passes.tdtm.frames import (
     Carried,
     Frames,
-    Refused,
     carried,
     is_projection,
     same,

@@ -10,12 +10,12 @@ Source: On-device Sora, arXiv 2502.04363, section 4.2.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 from torch import fx
 
-from resplice.change import Change, Site
+from resplice.change import Change, Refused, Site
 from resplice.context import Context
 from resplice.cost import node_cost, program_cost
 from resplice.errors import SpecError
@@ -24,16 +24,14 @@ from resplice.origin import origin
 from resplice.pass_base import Exact, Meaning, Pass, Redefines, option
 from resplice.passes.canonicalize import remove_dead
 from resplice.passes.tdtm.attention import Merged, merge_attention
-from resplice.passes.tdtm.frames import Refused
 from resplice.passes.tdtm.rebuild import Rebuild
 from resplice.passes.tdtm.sites import AttentionSite, Sites, find_sites
 from resplice.passes.tdtm.tables import centred, compact
+from resplice.phases import is_full, keep_full
 from resplice.program import Program
 from resplice.rules import erase_dead, replace_node
 from resplice.show import show_nodes
 
-FULL = "full"
-"""Name of the function that merges nothing, with `steps`."""
 KINDS = ("spatial", "temporal", "cross")
 _TABLES = {"compact": compact, "centred": centred}
 
@@ -95,7 +93,7 @@ class Tdtm(Pass):
         Raises:
             SpecError: With `steps`, there is a function `full` already.
         """
-        if program.metadata.get("tdtm", {}).get("phase") == FULL:
+        if is_full(program, self.name):
             return Change(notes=["merges nothing: left as it is"])
         if self.pair == 1:
             return Change(notes=["pair=1 merges nothing"])
@@ -103,7 +101,7 @@ class Tdtm(Pass):
         for node, reason in sites.refused:
             change.refuse(node, reason)
         if self.steps and sites.found:
-            _keep_full(program)
+            keep_full(program, self.name, "steps is given")
         before, shared = program_cost(program).flops, dict[Any, fx.Node]()
         for site in sites.found:
             why = self._left_alone(site)
@@ -180,15 +178,6 @@ def _ceiling(before: int, after: int, count: int, steps: int) -> str:
         f"{count} attentions merged: {before / 1e9:.3f} -> {after / 1e9:.3f} GFLOP per evaluation, "
         f"so at most x{before / after:.3f} in {when}; expect less motion"
     )
-
-
-def _keep_full(program: Program) -> None:
-    """Add the program as it is under the name `full`; the weights are shared."""
-    if FULL in program.functions:
-        raise SpecError(f"tdtm: steps is given, but there is a function {FULL!r} already")
-    full = replace(program.copy(), functions={})
-    full.metadata["tdtm"] = {"phase": FULL}
-    program.functions[FULL] = full
 
 
 def _by(values: Any) -> str:

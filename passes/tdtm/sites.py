@@ -15,8 +15,9 @@ import torch
 from torch import fx
 
 from resplice.axes import Atom, Axis, Segment, axes_of, size_of
+from resplice.change import Refused
 from resplice.origin import module_path
-from resplice.passes.tdtm.frames import Frames, Refused, frames_in, same, shape_of
+from resplice.passes.tdtm.frames import Frames, frames_in, same, shape_of
 from resplice.pattern import argument
 from resplice.program import Program
 

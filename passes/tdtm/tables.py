@@ -16,7 +16,8 @@ import torch
 from torch import fx
 
 from resplice.build import Builder
-from resplice.passes.tdtm.frames import Frames, Refused, carried, is_projection, shape_of
+from resplice.change import Refused
+from resplice.passes.tdtm.frames import Frames, carried, is_projection, shape_of
 from resplice.passes.tdtm.rebuild import Rebuild, is_spread
 from resplice.pattern import target_name
 

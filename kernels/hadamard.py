@@ -65,6 +65,7 @@ def _samples() -> Iterator[OpSample]:
     cost=_cost,
     fake=lambda x, block: torch.empty_like(x, memory_format=torch.contiguous_format),
     samples=_samples,
+    autocast=(),
 )
 def hadamard(x: Tensor, block: int) -> Tensor:
     """Multiply every run of `block` values along the last axis by the Hadamard matrix.

@@ -125,6 +125,7 @@ def _samples() -> Iterator[OpSample]:
     fake=_fake,
     parameters=lambda x, codes, step, *_: codes.shape[0] * x.shape[-1] - step.numel(),
     samples=_samples,
+    autocast=("x", "bias"),
 )
 def quant_linear(
     x: Tensor, codes: Tensor, step: Tensor, bias: Tensor | None, bits: int, group: int

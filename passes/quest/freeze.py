@@ -51,10 +51,10 @@ def _rounded_constant(value: Any) -> str | None:
     bits, rotate_back = value.args[1], value.args[5]
     if rotate_back or bits not in BITS:
         return "its codes can't be packed"
-    return None if _stored(value) is not None else "it is computed, not a constant of the program"
+    return None if stored_weight(value) is not None else "it is computed, not a constant of the program"
 
 
-def _stored(value: fx.Node) -> fx.Node | None:
+def stored_weight(value: fx.Node) -> fx.Node | None:
     """The weight that a node rounds, seen through what prepares it: constants only."""
     source = value
     while source.op == "call_function":
@@ -83,7 +83,7 @@ class _Pack(Rule):
 
     def rewrite(self, found: Match, build: Builder) -> fx.Node:
         weight = found.node("weight")
-        stored = _stored(weight)
+        stored = stored_weight(weight)
         assert stored is not None
         bits, block = int(weight.args[1]), int(weight.args[2])  # type: ignore[arg-type]  # ints by schema
         with torch.no_grad():

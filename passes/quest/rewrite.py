@@ -27,7 +27,6 @@ from torch import Tensor, fx
 
 from resplice.build import Builder
 from resplice.change import Change
-from resplice.compare import sqnr_db
 from resplice.context import Context
 from resplice.errors import SpecError
 from resplice.facts import Canonical, FloatWeights
@@ -36,13 +35,15 @@ from resplice.kernels.hadamard import hadamard
 from resplice.kernels.quant_linear import BITS, quant_linear
 from resplice.kernels.quest_quantize import rounded
 from resplice.pass_base import Approx, Exact, Meaning, Pass, option
+from resplice.passes.quest.quality import OutputErrors, sum_up, weight_metrics
 from resplice.passes.quest.roles import feeds_embedding, follows_activation, role_of
 from resplice.passes.quest.weights import Block, QuantizedWeight, hadamard_block, quantize_weight
 from resplice.pattern import Match, Var, aten, either
 from resplice.program import Program
 from resplice.rules import Rule, apply_rules
 
-_FAR_OFF_DB = 2.0
+_NEEDS_TRAINING = 0.35
+"""Expected relative error of a layer past which rounding after training is worth a warning."""
 
 
 @dataclass(frozen=True)
@@ -126,33 +127,20 @@ class Quest(Pass):
         """Replace weights one at a time; a replaced weight is released at once."""
         if self.weight_bits == self.act_bits == 16:
             return Change(notes=["16 bits: nothing to do"])
-        rules = [_QuantizeLinear(self, context), _QuantizeMatmul(self, context)]
+        errors = OutputErrors(program, context.calibration)
+        rules = [
+            _QuantizeLinear(self, context, errors),
+            _QuantizeMatmul(self, context, errors),
+        ]
         change = apply_rules(program, rules, context, self.name)
-        if self.packs:
-            _sum_up(change)
-        if self.packs and self.act_bits <= 2:
-            error = expected_error(self.weight_bits, self.act_bits)
+        sum_up(change)
+        error = expected_error(self.weight_bits, self.act_bits)
+        if self.mode == "ptq" and error > _NEEDS_TRAINING and change.count:
             change.notes.append(
                 f"WARNING: expect a relative error of {error:.2f} in every layer from "
                 f"W{self.weight_bits}A{self.act_bits} after training; train it with mode=qat"
             )
         return change
-
-
-def _sum_up(change: Change) -> None:
-    far = [s.node for s in change.sites if _is_far_off(s.metrics)]
-    if far:
-        change.notes.append(
-            f"{len(far)} weights err {_FAR_OFF_DB:.0f} dB more than Gaussian theory: "
-            f"{', '.join(far[:8])}"
-        )
-    saved = sum(s.metrics["bytes_before"] - s.metrics["bytes_after"] for s in change.sites)
-    change.notes.append(f"{change.count} weights, {saved / 2**20:.1f} MiB saved")
-
-
-def _is_far_off(metrics: dict[str, Any]) -> bool:
-    measured, theory = float(metrics.get("sqnr_db", math.inf)), float(metrics["theory_db"])
-    return measured < theory - _FAR_OFF_DB
 
 
 def _constant_matrix(value: Any) -> str | None:
@@ -171,8 +159,8 @@ class _QuantizeLinear(Rule):
     name = "linear"
     transposed = False
 
-    def __init__(self, options: Quest, context: Context) -> None:
-        self.options, self.context = options, context
+    def __init__(self, options: Quest, context: Context, errors: OutputErrors) -> None:
+        self.options, self.context, self.errors = options, context, errors
 
     def pattern(self) -> Any:
         return aten.linear(_X, _W, _B)
@@ -214,6 +202,10 @@ class _QuantizeLinear(Rule):
                 options.weight_bits, group=options.group, hadamard=options.hadamard,
             ),
         )  # fmt: skip
+        flipped = weight if signs is None else weight * signs
+        metrics = weight_metrics(flipped, quantized) | self.errors.of(
+            found.root, found.node("x"), weight, quantized, options.act_bits, quantized.block, signs
+        )
         x = _flipped(build, found.node("x"), signs)
         x = _prepared(build, x, quantized.block, options.act_bits, options)
         codes = build.weight(f"{name}_codes", quantized.codes)
@@ -221,7 +213,7 @@ class _QuantizeLinear(Rule):
         new = build(
             quant_linear.overload, x, codes, step, found["bias"], quantized.bits, quantized.group
         )
-        return new, _metrics(weight if signs is None else weight * signs, quantized)
+        return new, metrics
 
     def _signs(self, found: Match, size: int) -> Tensor | None:
         """Random signs [K], the same for every layer of that width; None where not wanted."""
@@ -251,8 +243,11 @@ class _QuantizeLinear(Rule):
         block = hadamard_block(int(x.meta["val"].shape[-1]), options.hadamard)
         bits = options.act_bits
         narrow = _once(build, rounded.overload, (x, bits, block, *options.bound(bits), True))
+        original = build.program.weight(found.node("weight"))
+        weight = original.t() if self.transposed else original
+        errors = self.errors.of(found.root, x, weight, None, bits, block)
         args = [narrow if arg is x else arg for arg in found.root.args]
-        return build(found.root.target, *args, **found.root.kwargs), {"block": block}
+        return build(found.root.target, *args, **found.root.kwargs), {"block": block} | errors
 
 
 class _QuantizeMatmul(_QuantizeLinear):
@@ -263,18 +258,6 @@ class _QuantizeMatmul(_QuantizeLinear):
 
     def pattern(self) -> Any:
         return either(aten.addmm(_B, _X, _W), aten.matmul(_X, _W), aten.mm(_X, _W))
-
-
-def _metrics(weight: Tensor, quantized: QuantizedWeight) -> dict[str, Any]:
-    quality = sqnr_db(weight.float(), quantized.dequantize())
-    measured = {"sqnr_db": quality} if math.isfinite(quality) else {"note": "the weight is zero"}
-    return {
-        **measured,
-        "theory_db": expected_sqnr_db(quantized.bits),
-        "bytes_before": weight.nbytes,
-        "bytes_after": quantized.nbytes,
-        "block": quantized.block,
-    }
 
 
 def _flipped(build: Builder, x: fx.Node, signs: Tensor | None) -> fx.Node:

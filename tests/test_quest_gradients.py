@@ -190,7 +190,7 @@ def test_gradients_under_inductor() -> None:
 
 @pytest.mark.parametrize(("weight_bits", "act_bits"), [(1, 1), (4, 4), (3, 16)])
 def test_autocast_narrows_products_only(weight_bits: int, act_bits: int) -> None:
-    """Weights, their gradients and the rounding stay in float32; freezing is bit-equal there, too."""
+    """Weights, gradients and the rounding stay in float32; freezing is bit-equal there, too."""
     model = trainable(weight_bits, act_bits)
     x, dy = sample(4)
     expected = gradients(model, model, x, dy)

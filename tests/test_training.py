@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,8 @@ def test_the_rate_rises_linearly_and_falls_as_a_cosine() -> None:
     assert rates[20] == pytest.approx(2.0)
     assert rates[110] == pytest.approx((2.0 + 0.2) / 2, rel=1e-2)
     assert rates[-1] == pytest.approx(0.2)
-    assert all(a < b for a, b in zip(rates[:20], rates[1:21], strict=True))
-    assert all(a > b for a, b in zip(rates[20:-1], rates[21:], strict=True))
+    assert all(a < b for a, b in pairwise(rates[:21]))
+    assert all(a > b for a, b in pairwise(rates[20:]))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 9])
@@ -164,9 +165,7 @@ def test_quantised_weights_are_found_by_dataflow(weight_bits: int, act_bits: int
 
 def test_autocast_keeps_float_weights() -> None:
     program = program_of(bits=4)
-    done = train(
-        program, batches(40), recipe=Recipe(rate=0.02, autocast="bf16"), progress=quiet
-    )
+    done = train(program, batches(40), recipe=Recipe(rate=0.02, autocast="bf16"), progress=quiet)
     assert done.losses[-1] < 0.5 * done.losses[0]
     assert {value.dtype for value in program.module.parameters()} == {torch.float32}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, fx
@@ -60,9 +61,7 @@ class _Segment:
     def run(self, program: Program, *given: Any) -> tuple[Any, ...]:
         known = dict(zip(self.needed, given, strict=True))
         for node in self.nodes:
-            args, kwargs = fx.map_arg(
-                (node.args, node.kwargs), lambda n: _value(program, known, n)
-            )
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _value(program, known, n))
             assert callable(node.target), node
             known[node] = node.target(*args, **kwargs)
         return tuple(known[node] for node in self.made)
@@ -75,11 +74,7 @@ def _value(program: Program, known: Mapping[fx.Node, Any], node: fx.Node) -> Any
 def _segments(program: Program, count: int) -> list[_Segment]:
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
     borders = [0, *_cuts(calls, count), len(calls)]
-    return [
-        _segment(calls[start:end])
-        for start, end in zip(borders[:-1], borders[1:], strict=True)
-        if end > start
-    ]
+    return [_segment(calls[start:end]) for start, end in pairwise(borders) if end > start]
 
 
 def _segment(nodes: Sequence[fx.Node]) -> _Segment:

@@ -4,9 +4,10 @@
     python examples/benchmarks/quest_qat.py --out qat.jsonl --table  (only print what is there)
 
 A transformers Llama of 1.1 M parameters, unmodified, reads bytes of the documentation strings in
-CPython's standard library; every 16th piece of 4,096 bytes is kept for validation. All methods start
-from the same weights, see the same batches in the same order, and are trained by the same loop with
-the same recipe; with bits, the linear layers of the blocks have rounded weights and activations.
+CPython's standard library; every 16th piece of 4,096 bytes is kept for validation. All methods
+start from the same weights, see the same batches in the same order, and are trained by the same
+loop with the same recipe; with bits, the linear layers of the blocks have rounded weights and
+activations.
 
 - dense: the captured model. Its W1A1 and W4A4 after training (PTQ) are scored as well.
 - quest: the captured model rewritten by `quest{mode=qat}`.
@@ -226,9 +227,7 @@ def finish(method: str, bits: int, seed: int, options: Any) -> dict[str, Any]:
         def loss_of(batch: Batch) -> Tensor:
             return next_token_loss({"logits": model(input_ids=batch["input_ids"]).logits}, batch)
 
-        losses = fit(
-            dict(model.named_parameters()), loss_of, text, recipe, decayed=decayed, **told
-        )
+        losses = fit(dict(model.named_parameters()), loss_of, text, recipe, decayed=decayed, **told)
         loss = loss_on(text, lambda ids: model(input_ids=ids).logits)
     return {
         "method": method, "bits": bits, "seed": seed, "steps": options.steps, "rate": options.rate,
@@ -294,7 +293,7 @@ def main() -> None:
     """Run what is missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--out", type=Path, default=Path("quest_qat.jsonl"))
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--bits", type=int, nargs="+", default=[1, 4])

@@ -12,8 +12,8 @@ Programs are scored with their rounded weights unpacked into float32, which comp
 packed ones and is faster here. The model's weights were dequantised from a 4-bit file (Q4_1, blocks
 of 32), so they are not those of the published model.
 
-"expected" is the relative error of one layer by theory, for Gaussian operands; "layers" the range of
-what the report measures on calibration tokens of the first text's beginning.
+"expected" is the relative error of one layer by theory, for Gaussian operands; "layers" the range
+of what the report measures on 128 tokens of the first text.
 """
 
 from __future__ import annotations
@@ -61,9 +61,7 @@ def spread(ids: Tensor, count: int) -> list[Tensor]:
 def settings() -> list[Quest]:
     """Every row of the table but the first."""
     rows = [
-        Quest(weight_bits=w, act_bits=a, hadamard=turn)
-        for w, a in BITS
-        for turn in ("auto", "off")
+        Quest(weight_bits=w, act_bits=a, hadamard=turn) for w, a in BITS for turn in ("auto", "off")
     ]
     return rows + [Quest(weight_bits=4, group=group) for group in GROUPS]
 

@@ -51,7 +51,7 @@ def _rounded_constant(value: Any) -> str | None:
     bits, rotate_back = value.args[1], value.args[5]
     if rotate_back or bits not in BITS:
         return "its codes can't be packed"
-    return None if stored_weight(value) is not None else "it is computed, not a constant of the program"
+    return None if stored_weight(value) else "it is computed, not a constant of the program"
 
 
 def stored_weight(value: fx.Node) -> fx.Node | None:

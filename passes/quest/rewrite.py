@@ -37,7 +37,7 @@ from resplice.kernels.quest_quantize import rounded
 from resplice.pass_base import Approx, Exact, Meaning, Pass, option
 from resplice.passes.quest.quality import OutputErrors, sum_up, weight_metrics
 from resplice.passes.quest.roles import feeds_embedding, follows_activation, role_of
-from resplice.passes.quest.weights import Block, QuantizedWeight, hadamard_block, quantize_weight
+from resplice.passes.quest.weights import Block, hadamard_block, quantize_weight
 from resplice.pattern import Match, Var, aten, either
 from resplice.program import Program
 from resplice.rules import Rule, apply_rules

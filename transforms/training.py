@@ -124,7 +124,7 @@ def fit(
         recipe: How to train.
         decayed: Names of the weights that decay.
         checkpoint: A safetensors file to go on from if it exists, written every `every` steps and
-            at the end. Going on restores torch's random state as well.
+            at the end. Going on restores the random state of torch on the CPU as well.
         every: Steps between checkpoints.
         progress: Called with ("training", done, steps); by default a bar is drawn on stderr.
 

@@ -210,7 +210,7 @@ class _Run:
         return float(value.detach())
 
     def save(self, file: Path, losses: list[float], last: Batch) -> None:
-        tensors = {f"weight.{name}": value for name, value in self.trained.items()}
+        tensors: dict[str, Tensor] = {f"weight.{n}": value for n, value in self.trained.items()}
         tensors |= dict(checkpoints.optimizer_tensors(self.optimizer))
         tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
         tensors["random"] = torch.get_rng_state()

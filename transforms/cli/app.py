@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 import warnings
+from typing import TextIO
 
 import typer
 
@@ -46,7 +47,10 @@ def run(arguments: list[str]) -> int:
         return _run(arguments)
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int,
+    file: TextIO | None = None, line: str | None = None,
+) -> None:  # fmt: skip
     """One line of talk instead of Python's two; ours in red."""
     ours = issubclass(category, RespliceWarning)
     kind = "WARNING" if ours else category.__name__

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ def encode(values: Tensor, step: Tensor, levels: str) -> Tensor:
     """The code of the level next to each value (int64)."""
     if levels != "fp4":
         return to_codes(values, step, bits_of(levels))
-    size, middle = (values / step).abs(), zip(FP4[:-1], FP4[1:], strict=True)
+    size, middle = (values / step).abs(), pairwise(FP4)
     place = torch.stack([size > (low + high) / 2 for low, high in middle]).sum(0)
     return torch.where((values < 0) & (place > 0), place + len(FP4), place)
 
@@ -82,7 +83,7 @@ def decode(codes: Tensor, levels: str, dtype: torch.dtype) -> Tensor:
     number = codes.to(dtype)
     below = (number >= len(FP4)).to(dtype)
     place, total = number - len(FP4) * below, torch.zeros_like(number)
-    for index, (low, high) in enumerate(zip(FP4[:-1], FP4[1:], strict=True)):
+    for index, (low, high) in enumerate(pairwise(FP4)):
         total = total + (place > index + 0.5).to(dtype) * (high - low)
     return total * (1 - 2 * below)
 

@@ -2,8 +2,8 @@
 
 Of every four consecutive units the two with the largest norm stay. A unit is one weight (2:4), or
 an adjacent pair (4:8; arXiv 2502.05003, section 4.4: 4-bit sparse cores need pairs). Of equal ones
-the first stays. What stays is stored densely, with one 2-bit place per unit that stays: b/2 + 1 bits
-a weight for 2:4 at b bits, b/2 + 1/2 for 4:8.
+the first stays. What stays is stored densely, with one 2-bit place per unit that stays: b/2 + 1
+bits a weight for 2:4 at b bits, b/2 + 1/2 for 4:8.
 """
 
 from __future__ import annotations

@@ -52,7 +52,9 @@ def _verify(
         "codes": (codes, packed_bytes(stored_codes(size, unit), bits_of(levels))),
         "places": (places, packed_bytes(size // (2 * unit), PLACE_BITS) if unit else 0),
     }
-    require((places is None) == (unit == 0), "places", "belong to pruned weights, and to those only")
+    require(
+        (places is None) == (unit == 0), "places", "belong to pruned weights, and to those only"
+    )
     for name, (value, count) in expected.items():
         if value is None:
             continue
@@ -99,9 +101,13 @@ def _samples() -> Iterator[OpSample]:
     step, codes, places, *rest = call((4,), 32, "int4", 2)
     yield OpSample("unknown levels", (step, codes, places, "fp8", 2, 0, 32), refused="not one of")
     yield OpSample("no places", (step, codes, None, *rest), refused="belong to pruned weights")
-    yield OpSample("short codes", (step, codes[:, 1:], places, *rest), refused="must be torch.uint8")
+    yield OpSample(
+        "short codes", (step, codes[:, 1:], places, *rest), refused="must be torch.uint8"
+    )
     yield OpSample("half a group", (step, codes, places, "int4", 2, 0, 36), refused="multiple of 8")
-    yield OpSample("steps", (step, codes, places, "int4", 2, 16, 32), refused="1 steps a row, not 2")
+    yield OpSample(
+        "steps", (step, codes, places, "int4", 2, 16, 32), refused="1 steps a row, not 2"
+    )
     yield OpSample("whole steps", (step.long(), codes, places, *rest), refused="not floating point")
 
 

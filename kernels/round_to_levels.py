@@ -2,12 +2,14 @@
 
 Source: Panferov et al., arXiv 2502.05003: section 4.4 for pruning, appendix for FP4. As there, the
 root mean square is that of the row before pruning, pruned values are exactly zero (which is on no
-integer grid), and a gradient passes where |Q(v) - v| <= T: a pruned value trains on while it is small.
+integer grid), and a gradient passes where |Q(v) - v| <= T: a pruned value trains on while it is
+small.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -107,7 +109,9 @@ def _samples() -> Iterator[OpSample]:
     yield OpSample("zeros", (torch.zeros(2, 16), "int4", 2, 16, 0.0, "trust", True))
     x = torch.randn(2, 24)
     yield OpSample("no such set", (x, "fp8", 0, 8, 0.0, "trust", True), refused="not one of")
-    yield OpSample("half a group", (x[:, :20], "int4", 2, 4, 0.0, "trust", True), refused="no pattern")
+    yield OpSample(
+        "half a group", (x[:, :20], "int4", 2, 4, 0.0, "trust", True), refused="no pattern"
+    )
     yield OpSample("ragged", (x, "fp4", 0, 16, 0.0, "trust", True), refused="dividing 24")
     yield OpSample("unknown rule", (x, "fp4", 0, 8, 0.0, "lsq", True), refused="not one of")
     yield OpSample("negative", (x, "fp4", 0, 8, -1.0, "clip", True), refused="must be positive")
@@ -220,7 +224,7 @@ def _fp4_level(build: Any, values: Any, rms: Any, bits: int) -> Any:
     step = build(aten.add.Tensor, build(aten.mul.Tensor, rms, FP4_SCALE), TINY)
     ratio = build(aten.div.Tensor, values, step)
     size, total = build(aten.abs.default, ratio), None
-    for low, high in zip(FP4[:-1], FP4[1:], strict=True):
+    for low, high in pairwise(FP4):
         above = _cast(build, build(aten.gt.Scalar, size, (low + high) / 2), torch.float32)
         part = build(aten.mul.Tensor, above, high - low)
         total = part if total is None else build(aten.add.Tensor, total, part)

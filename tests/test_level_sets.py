@@ -135,7 +135,9 @@ def test_dense_integers_are_those_of_the_plain_quantiser(bits: int, estimator: A
     results = []
     for function, what in ((quest_quantize, bits), (quest_round, f"int{bits}")):
         given = x.clone().requires_grad_()
-        found = function(given, what, estimator=estimator, clip=1.3 if estimator == "clip" else None)  # type: ignore[operator]
+        found = function(
+            given, what, estimator=estimator, clip=1.3 if estimator == "clip" else None
+        )  # type: ignore[operator]
         found.backward(grad)
         results.append((found.detach(), given.grad))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -159,7 +161,9 @@ def test_packed_weights_are_the_rounded_ones(name: str, unit: int, shape: tuple[
     x = torch.randn(shape, generator=torch.Generator().manual_seed(6))
     packed = pack_weight(x, Form(name, unit), 16)
     sparse = PATTERNS[unit]
-    assert torch.equal(packed.rotated(), quest_round(x, name, sparse=sparse, hadamard=16, rotate_back=False))
+    assert torch.equal(
+        packed.rotated(), quest_round(x, name, sparse=sparse, hadamard=16, rotate_back=False)
+    )
     assert torch.equal(packed.dequantize(), quest_round(x, name, sparse=sparse, hadamard=16))
     bits = bits_of(name) if unit == 0 else bits_of(name) / 2 + (1 if unit == 1 else 0.5)
     assert packed.nbytes == x.numel() * bits / 8 + 4 * x[..., 0].numel()

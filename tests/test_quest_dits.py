@@ -1,11 +1,10 @@
-"""quest on video transformers, GPT-2 and mixtures of experts as diffusers and transformers ship them."""
+"""quest on video transformers, GPT-2 and mixtures of experts, as their libraries ship them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor
 from zoo import ZOO
 
@@ -58,7 +57,9 @@ def test_sites_and_their_errors(name: str, tmp_path: Path) -> None:
         program, change = quantised(name, item)
         assert change.count == SITES[name]
         kept = {refusal.reason for refusal in change.refusals}
-        assert kept <= {f"it is {role} (head=true includes it)" for role in ("a router", "the output head")}
+        assert kept <= {
+            f"it is {role} (head=true includes it)" for role in ("a router", "the output head")
+        }
         for site in change.sites:
             off = site.metrics["theory_db"] - site.metrics["sqnr_db"]
             assert off < 2 or site.metrics["block"] == 1, site

@@ -116,7 +116,9 @@ def test_pruned_weights_are_zero_and_train_on() -> None:
     gone = rounded == 0
     assert gone.float().mean() == 0.5
     assert weight.grad is not None
-    small = weight.detach().abs() <= 2.5139305786 / 15 * weight.detach().square().mean(-1, True).sqrt()
+    small = (
+        weight.detach().abs() <= 2.5139305786 / 15 * weight.detach().square().mean(-1, True).sqrt()
+    )
     assert torch.equal(weight.grad[gone & ~small], torch.zeros_like(weight.grad[gone & ~small]))
     assert weight.grad[gone & small].abs().min() > 0
 
@@ -197,7 +199,10 @@ def test_a_wide_block_where_it_does_not_divide() -> None:
     model = Language(False).eval()
     tokens = torch.arange(12).reshape(2, 6)
     _, change = run(program_of(model, tokens), Quest(hadamard=128))
-    assert reasons(change) == {"layer": "hadamard=128 does not divide 32", "head": reasons(change)["head"]}
+    assert reasons(change) == {
+        "layer": "hadamard=128 does not divide 32",
+        "head": reasons(change)["head"],
+    }
     _, change = run(program_of(model, tokens), Quest(hadamard="auto"))
     assert [site.metrics["block"] for site in change.sites] == [32]
 
@@ -364,7 +369,10 @@ class Convolutions(nn.Module):
         self.video = nn.Conv3d(4, 32, (1, 2, 2), stride=(1, 2, 2), bias=False)
         self.same = nn.Conv2d(32, 24, 3, padding=1)
         self.point, self.wide = nn.Conv2d(24, 16, 1, bias=False), nn.Conv2d(16, 8, 3, dilation=2)
-        self.pairs, self.line = nn.Conv1d(8, 8, 5, padding=2, groups=2), nn.Conv1d(8, 8, 4, stride=4)
+        self.pairs, self.line = (
+            nn.Conv1d(8, 8, 5, padding=2, groups=2),
+            nn.Conv1d(8, 8, 4, stride=4),
+        )
         self.each, self.back = nn.Conv1d(8, 8, 3, groups=8), nn.ConvTranspose1d(8, 8, 4)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -418,7 +426,7 @@ def test_patches_of_a_free_number(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(4, 32, 4, stride=4), nn.ReLU()).eval()
     shapes = {"input": {0: "batch", 2: "4*rows"}}
     program = capture(model, (torch.randn(2, 4, 8, 8),), dynamic_shapes=shapes)
-    program, change = Pipeline((Quest(weight_bits=8, convs=True),)).run(program)
+    program, _ = Pipeline((Quest(weight_bits=8, convs=True),)).run(program)
     assert count(program, quant_linear) == 1
     x = torch.randn(3, 4, 20, 8)
     assert sqnr_db(model(x), program(x)) > 35

@@ -26,7 +26,10 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int = 576, hidden: int = 1536) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(width, hidden, bias=False), nn.Linear(hidden, width, bias=False)
+        self.up, self.down = (
+            nn.Linear(width, hidden, bias=False),
+            nn.Linear(hidden, width, bias=False),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """A residual layer."""
@@ -89,7 +92,12 @@ def test_the_fast_onnx_form_holds_one_bit_in_two(model: FeedForward, tmp_path: P
 
 @pytest.mark.parametrize(
     ("spec", "bits", "coreml_bits"),
-    [("format=fp4", 4, 4), ("sparse=4:8", 2.5, 3), ("sparse=2:4", 3, 3), ("sparse=4:8 weight-bits=2", 1.5, 2)],
+    [
+        ("format=fp4", 4, 4),
+        ("sparse=4:8", 2.5, 3),
+        ("sparse=2:4", 3, 3),
+        ("sparse=4:8 weight-bits=2", 1.5, 2),
+    ],
 )
 def test_other_forms_take_their_bits(
     model: FeedForward, spec: str, bits: float, coreml_bits: float, tmp_path: Path

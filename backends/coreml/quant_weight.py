@@ -2,8 +2,9 @@
 
 Dense: one look-up table of levels for all codes, FP4's sixteen included. Pruned, from iOS18: a mask
 of one bit a weight and the codes of what stayed (`constexpr_lut_to_sparse`, then
-`constexpr_sparse_to_dense`); before it a table with a level more, zero. Tables are scaled to [-1, 1]
-and the steps take the factor; a linear layer gets them behind its product (`legalize/scales.py`).
+`constexpr_sparse_to_dense`); before it a table with a level more, zero. Tables are scaled to
+[-1, 1] and the steps take the factor; a linear layer gets them behind its product
+(`legalize/scales.py`).
 What has no such form (steps that do not divide a row, pruned 8 bits before iOS18) is stored dense.
 """
 
@@ -71,7 +72,9 @@ def _looked_up(build: CoremlBuilder, name: str, codes: Tensor, table: Tensor) ->
         return None
     padded = torch.nn.functional.pad(table, (0, 2 ** fields[0] - count))
     levels = build.constant(f"coreml.table_{count}_of_{fields[0]}", padded)
-    return build(LUT_WEIGHT, build.weight(f"{name}_plain", codes.to(torch.uint8)), levels, fields[0])
+    return build(
+        LUT_WEIGHT, build.weight(f"{name}_plain", codes.to(torch.uint8)), levels, fields[0]
+    )
 
 
 def _scaled(build: CoremlBuilder, weight: fx.Node, scale: fx.Node, group: int) -> fx.Node:

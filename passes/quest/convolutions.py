@@ -22,7 +22,6 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from resplice.build import Builder
 from resplice.kernels.level_sets import bits_of
-from resplice.kernels.quant_linear import quant_linear
 from resplice.passes.quest.packed import PackedWeight, pack_weight
 from resplice.passes.quest.site import QuestRule
 from resplice.passes.quest.weights import hadamard_block
@@ -45,12 +44,14 @@ class QuantizeConvolution(QuestRule):
     name = "convolution"
 
     def pattern(self) -> Any:
+        """The calls, with their constants."""
         ends = (Var("x"), Var("weight", _constant_kernel), Var("bias"))
         plain = (term.conv1d, term.conv2d, term.conv3d)
         turned = [getattr(term, name)(*ends, *[ANY] * 5) for name in _TRANSPOSED]
         return either(*(one(*ends, *[ANY] * 4) for one in plain), *turned)
 
     def check(self, found: Match) -> None:
+        """What is refused, with the reason."""
         weight, name = found.node("weight"), str(found.root.target)
         transposed = any(kind in name for kind in _TRANSPOSED)
         found.require(not transposed, "a transposed convolution has no row per output")
@@ -63,6 +64,7 @@ class QuantizeConvolution(QuestRule):
         found.require(rounds, "activations of overlapping patches keep their precision")
 
     def rewrite(self, found: Match, build: Builder) -> tuple[fx.Node, dict[str, Any]]:
+        """The same on few bits."""
         if _is_patchwise(found.root):
             return self._over_patches(found, build)
         weight, packed = found.node("weight"), self._packed(found, build)
@@ -81,17 +83,28 @@ class QuantizeConvolution(QuestRule):
         weight, bias, packed = found.node("weight"), found["bias"], self._packed(found, build)
         patches, metrics = _patches(build, found.node("x"), weight), dict[str, Any]()
         bits = self.options.weight_bits
-        x = self.input(build, patches, back=bits == 16)
         if packed is None:
-            held = self._rows(build, weight)
-            form = self.options.form(bits)
+            held, form = self._rows(build, weight), self.options.form(bits)
             held = held if form is None else self.round(build, held, form, bits, False)
+            x = self.input(build, patches, back=form is None)
             made = build(aten.linear.default, x, held, bias)
         else:
-            made = _product(build, x, packed, weight, bias)
+            made = self._product(build, patches, packed, weight, bias)
             metrics = packed.metrics(build.program.weight(weight).flatten(1))
         rank = made.meta["val"].dim()
         return build(aten.permute.default, made, [0, rank - 1, *range(1, rank - 1)]), metrics
+
+    def _product(
+        self, build: Builder, x: fx.Node, packed: PackedWeight, weight: fx.Node,
+        bias: fx.Node | None,
+    ) -> fx.Node:  # fmt: skip
+        name, form = str(weight.target), packed.form
+        if not form.plain:
+            held = packed.emit(build, name, weight.meta["val"].dtype)
+            return build(aten.linear.default, self.input(build, x), held, bias)
+        codes = build.weight(f"{name}_codes", packed.codes)
+        step = build.weight(f"{name}_step", packed.step)
+        return self.fused(build, x, (codes, step, bias, bits_of(form.levels), form.group))
 
     def _packed(self, found: Match, build: Builder) -> PackedWeight | None:
         """The kernel's rows as codes; None where they stay."""
@@ -107,18 +120,6 @@ class QuantizeConvolution(QuestRule):
 
     def _rows(self, build: Builder, weight: fx.Node) -> fx.Node:
         return build.shared(aten.flatten.using_ints, weight, 1)
-
-
-def _product(
-    build: Builder, x: fx.Node, packed: PackedWeight, weight: fx.Node, bias: fx.Node | None
-) -> fx.Node:
-    name, form = str(weight.target), packed.form
-    if not form.plain:
-        held = packed.emit(build, name, weight.meta["val"].dtype)
-        return build(aten.linear.default, x, held, bias)
-    codes = build.weight(f"{name}_codes", packed.codes)
-    step = build.weight(f"{name}_step", packed.step)
-    return build(quant_linear.overload, x, codes, step, bias, bits_of(form.levels), form.group)
 
 
 def _is_patchwise(node: fx.Node) -> bool:

@@ -49,11 +49,13 @@ class QuantizeExperts(QuestRule):
     name = "experts"
 
     def pattern(self) -> Any:
+        """The calls, with their constants."""
         return resplice.moe_ffn(
             *(Var(name, _stored if name in _MATRICES else None) for name in _NAMES)
         )
 
     def check(self, found: Match) -> None:
+        """What is refused, with the reason."""
         narrow = self.options.weight_bits < 16
         found.require(narrow, "activations inside experts keep their precision")
         for name in ("experts_in", "experts_out"):
@@ -62,6 +64,7 @@ class QuantizeExperts(QuestRule):
                 self.require_weight(found, weight, int(weight.meta["val"].shape[-1]))
 
     def rewrite(self, found: Match, build: Builder) -> tuple[fx.Node, dict[str, Any]]:
+        """The same on few bits."""
         given = {name: found[name] for name in _NAMES}
         always = None
         if given["shared_in"] is not None:
@@ -99,6 +102,7 @@ class QuantizeStack(QuestRule):
     name = "stack"
 
     def pattern(self) -> Any:
+        """The calls, with their constants."""
         x, weight = Var("x"), Var("weight", _constant_stack)
         turned = shared(term.transpose(weight, -2, -1))
         return either(
@@ -106,6 +110,7 @@ class QuantizeStack(QuestRule):
         )
 
     def check(self, found: Match) -> None:
+        """What is refused, with the reason."""
         weight = found.node("weight")
         self.require_untouched(found, found.node("x"))
         self.require_weight(found, weight, int(found.root.args[1].meta["val"].shape[-2]))  # type: ignore[union-attr]  # matched
@@ -114,6 +119,7 @@ class QuantizeStack(QuestRule):
             found.require(role is None, f"it is {role} (head=true includes it)")
 
     def rewrite(self, found: Match, build: Builder) -> tuple[fx.Node, dict[str, Any]]:
+        """The same on few bits."""
         weight, target = found.node("weight"), found.root.target
         straight = found.root.args[1] is weight
         if self.options.weight_bits == 16:

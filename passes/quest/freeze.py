@@ -26,7 +26,7 @@ def freeze(program: Program) -> tuple[Program, Change]:
     """Turn the weights of a program trained with `quest{mode=qat}` into packed codes.
 
     linear(x, quest_quantize(weight, bits, ...)) -> quant_linear(x, codes, step, bias, bits, 0)
-    round_to_levels(weight, levels, unit, ...) -> quant_weight(step, codes, places, levels, unit, ..)
+    round_to_levels(weight, levels, unit, ...) -> quant_weight(step, codes, places, levels, ...)
 
     The result computes bit for bit what the trained program computes.
 

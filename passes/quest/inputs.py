@@ -1,4 +1,4 @@
-"""What a product reads: its input with flipped signs, rotated and rounded, made once for all readers."""
+"""What a product reads: its input with flipped signs, rotated and rounded; once for all readers."""
 
 from __future__ import annotations
 

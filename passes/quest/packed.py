@@ -91,7 +91,9 @@ class PackedWeight:
     def metrics(self, weight: Tensor) -> dict[str, Any]:
         """What a report says of the site."""
         quality = sqnr_db(weight.float(), self.dequantize())
-        measured = {"sqnr_db": quality} if math.isfinite(quality) else {"note": "the weight is zero"}
+        measured = (
+            {"sqnr_db": quality} if math.isfinite(quality) else {"note": "the weight is zero"}
+        )
         return {
             **measured,
             "theory_db": self.form.expected_db,
@@ -125,7 +127,9 @@ def pack_weight(weight: Tensor, form: Form, block: int) -> PackedWeight:
     size = int(weight.shape[-1])
     rows = weight.detach().reshape(-1, size).split(max(1, _ROWS_AT_ONCE // size))
     parts = [pack_rows(part, form, block) for part in rows]
-    step, codes, places = (_joined(column, weight.shape[:-1]) for column in zip(*parts, strict=True))
+    step, codes, places = (
+        _joined(column, weight.shape[:-1]) for column in zip(*parts, strict=True)
+    )
     assert step is not None
     assert codes is not None
     return PackedWeight(step, codes, places, form, block, size)
@@ -137,9 +141,7 @@ def pack_rows(weight: Tensor, form: Form, block: int) -> tuple[Tensor, Tensor, T
     values = values if block == 1 else hadamard(values, block)
     pieces = values.split(form.group or values.shape[-1], -1)
     steps = [step_of(piece, form.levels) for piece in pieces]
-    codes = torch.cat(
-        [encode(p, s, form.levels) for p, s in zip(pieces, steps, strict=True)], -1
-    )
+    codes = torch.cat([encode(p, s, form.levels) for p, s in zip(pieces, steps, strict=True)], -1)
     places = None
     if form.unit:
         codes, stood = compress(codes, kept_units(values, form.unit), form.unit)

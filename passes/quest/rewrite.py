@@ -33,7 +33,7 @@ from resplice.facts import Canonical, FloatWeights
 from resplice.kernels.gaussian_grid import expected_error, expected_sqnr_db
 from resplice.kernels.level_sets import bits_of
 from resplice.kernels.pruning import UNITS
-from resplice.kernels.quant_linear import BITS, quant_linear
+from resplice.kernels.quant_linear import BITS
 from resplice.pass_base import Approx, Exact, Meaning, Pass, option
 from resplice.passes.quest.convolutions import QuantizeConvolution
 from resplice.passes.quest.experts import QuantizeExperts, QuantizeStack, refuse_stacks
@@ -79,10 +79,14 @@ class Quest(Pass):
         0, "weights per scale along the input axis; 0: one scale per output channel"
     )
     sparse: Literal["off", "2:4", "4:8"] = option(
-        "off", "prune half of the weights: the smaller of four, or of four pairs", choices=tuple(UNITS)
+        "off",
+        "prune half of the weights: the smaller of four, or of four pairs",
+        choices=tuple(UNITS),
     )
     format: Literal["int", "fp4"] = option(
-        "int", "levels of 4-bit operands: the integer grid, or those of E2M1", choices=("int", "fp4")
+        "int",
+        "levels of 4-bit operands: the integer grid, or those of E2M1",
+        choices=("int", "fp4"),
     )
     hadamard: Block = option("auto", "input-side rotation: auto, off, or a block size")
     head: bool = option(False, "also quantise the head, routers and readers of tied embeddings")
@@ -238,16 +242,18 @@ class _QuantizeLinear(QuestRule):
             (form, options.hadamard, signs is None),
             lambda: pack(weight if signs is None else weight * signs, form),
         )
-        x = self.input(build, flipped(build, found.node("x"), signs))
+        x = flipped(build, found.node("x"), signs)
+        weight = weight if signs is None else weight * signs
         if form.plain:
-            codes = build.weight(f"{name}_codes", quantized.codes)
-            step = build.weight(f"{name}_step", quantized.step)
-            bits, group = quantized.bits, quantized.group
-            new = build(quant_linear.overload, x, codes, step, found["bias"], bits, group)
-            return new, _metrics(weight if signs is None else weight * signs, quantized)
+            packed = (
+                build.weight(f"{name}_codes", quantized.codes),
+                build.weight(f"{name}_step", quantized.step),
+                found["bias"], quantized.bits, quantized.group,
+            )  # fmt: skip
+            return self.fused(build, x, packed), _metrics(weight, quantized)
         held = quantized.emit(build, name, weight.dtype)
-        new = build(torch.ops.aten.linear.default, x, held, found["bias"])
-        return new, quantized.metrics(weight if signs is None else weight * signs)
+        new = build(torch.ops.aten.linear.default, self.input(build, x), held, found["bias"])
+        return new, quantized.metrics(weight)
 
     def _fused(self, weight: Tensor, form: Form) -> QuantizedWeight:
         bits, block = bits_of(form.levels), self.options.hadamard

@@ -11,6 +11,7 @@ from torch import fx
 from resplice.build import Builder
 from resplice.context import Context
 from resplice.kernels.pruning import UNITS, fits
+from resplice.kernels.quant_linear import quant_linear
 from resplice.passes.quest.inputs import ROUNDINGS, prepared
 from resplice.passes.quest.packed import Form, PackedWeight, pack_weight
 from resplice.passes.quest.weights import hadamard_block
@@ -85,6 +86,10 @@ class QuestRule(Rule):
         """A value [..., K] rotated and rounded; at 16 bits only rotated."""
         block = hadamard_block(int(x.meta["val"].shape[-1]), self.options.hadamard)
         return prepared(build, x, block, form, self.options.bound(bits), back=back)
+
+    def fused(self, build: Builder, x: fx.Node, packed: tuple[Any, ...]) -> fx.Node:
+        """The product of an input, not yet rotated, with codes, step, bias, bits and group."""
+        return build(quant_linear.overload, self.input(build, x), *packed)
 
     def input(self, build: Builder, x: fx.Node, *, back: bool = False) -> fx.Node:
         """What a product of rounded weights reads."""

@@ -1,4 +1,4 @@
-"""`quest.c` as a shared library: compiled once per machine, kept in the user's cache, checked.
+"""The C files of this folder as one shared library: compiled once per machine, kept in the user's cache, checked.
 
 The file's name holds a digest of source, flags, compiler and processor, and one of its own bytes:
 a damaged file is not loaded but built again. It appears by one rename, so processes may build at
@@ -25,7 +25,7 @@ from pathlib import Path
 
 from resplice.kernels.cpu.selfcheck import first_fault
 
-SOURCE = Path(__file__).with_name("quest.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("quest.c", "moe.c"))
 COMMON = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-math-errno",
           "-fno-trapping-math", "-w")  # fmt: skip
 VARIANTS = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
@@ -41,6 +41,7 @@ _SIGNATURES = {
     "resplice_hadamard": (_POINTER, _LONG, _LONG, _LONG, _POINTER, _INT),
     "resplice_quest_codes": (_POINTER, _LONG, _LONG, _INT, _LONG, _DOUBLE, _DOUBLE, _POINTER,
                              _POINTER, _INT),
+    "resplice_moe_one_token": (*[_POINTER] * 14, *[_LONG] * 7, *[_INT] * 4),
 }  # fmt: skip
 _enabled: ContextVar[bool] = ContextVar("resplice_kernels", default=True)
 _lock = threading.Lock()
@@ -131,20 +132,25 @@ def _folder() -> Path:
 
 def _built(folder: Path, compiler: str, flags: tuple[str, ...]) -> tuple[Path | None, str]:
     """A library from the cache, or compiled now; else what the compiler said."""
-    key = _digest(SOURCE.read_bytes(), " ".join(flags).encode(), _version(compiler), _processor())
-    for file in sorted(folder.glob(f"quest-{key}-*.so")):
+    key = _digest(
+        *(f.read_bytes() for f in SOURCES),
+        " ".join(flags).encode(),
+        _version(compiler),
+        _processor(),
+    )
+    for file in sorted(folder.glob(f"kernels-{key}-*.so")):
         if file.stem.endswith(_digest(file.read_bytes())):
             return file, ""
         file.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        made = Path(place, "quest.so")
+        made = Path(place, "kernels.so")
         run = subprocess.run(
-            [compiler, *flags, str(SOURCE), "-o", str(made), "-lm"],
+            [compiler, *flags, *map(str, SOURCES), "-o", str(made), "-lm"],
             capture_output=True, text=True, timeout=_SECONDS, check=False,
         )  # fmt: skip
         if run.returncode:
             return None, f"{compiler}: {run.stderr[-400:]}"
-        final = folder / f"quest-{key}-{_digest(made.read_bytes())}.so"
+        final = folder / f"kernels-{key}-{_digest(made.read_bytes())}.so"
         made.replace(final)
     return final, ""
 

@@ -1,7 +1,6 @@
 """The fast path of `moe_ffn` and its gradient: only chosen experts run.
 
-One token is a compiled call where it can be (`moe_one_token.py`), else it reads views of its experts'
-weights. Several tokens are sorted by expert, so that each
+One token (where `moe_one_token.py` doesn't serve it) reads views of its experts' weights. Several tokens are sorted by expert, so that each
 expert multiplies one dense block of rows: the layout a grouped GEMM kernel takes (`Dispatch`).
 Nothing here writes in place, so the gradient is autograd's over the same function.
 """
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from resplice.kernels.moe_one_token import one_token
 from resplice.kernels.moe_routing import chosen_indices, expert_scores, hidden, route
 
 
@@ -48,13 +46,6 @@ def fast(
 ) -> Tensor:  # fmt: skip
     """`moe_ffn` without the experts that were not chosen."""
     tokens = x.reshape(-1, x.shape[-1])
-    if len(tokens) == 1:
-        compiled = one_token(
-            x, shared_in, shared_in_bias, shared_out, experts_in, experts_in_bias, experts_out,
-            out_bias, router, router_bias, gate_scale, balance, active, activation, gated, score,
-        )  # fmt: skip
-        if compiled is not None:
-            return compiled
     result: Tensor | None = None
     if shared_in is not None and shared_out is not None:
         z = linear(tokens, shared_in, shared_in_bias)

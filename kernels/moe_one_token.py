@@ -30,7 +30,7 @@ def one_token(
         x, shared_in, shared_in_bias, shared_out, experts_in, experts_in_bias, experts_out,
         out_bias, router, router_bias, gate_scale, balance,
     )  # fmt: skip
-    library = kernels() if all(map(_plain, tensors)) else None
+    library = kernels() if x.numel() == x.shape[-1] and all(map(_plain, tensors)) else None
     given = experts_out if shared_out is None else shared_out
     if library is None or given is None:
         return None

@@ -4,7 +4,7 @@ The file's name holds a digest of source, flags, compiler and processor, and one
 a damaged file is not loaded but built again. It appears by one rename, so processes may build at
 the same time. Without a compiler, or where a result is wrong, ops run in plain torch.
 
-`RESPLICE_KERNELS=off` switches compiled kernels off, `RESPLICE_CACHE` moves the cache
+`RESPLICE_KERNELS=off` (read on first use) switches compiled kernels off, `RESPLICE_CACHE` moves the cache
 (`$XDG_CACHE_HOME/resplice`, `~/.cache/resplice`), `CC` names the compiler.
 """
 
@@ -59,7 +59,7 @@ _state = _State()
 
 def kernels() -> ctypes.CDLL | None:
     """The library; None where ops are to run in plain torch."""
-    if not _enabled.get() or os.environ.get("RESPLICE_KERNELS") == "off":
+    if not _enabled.get():
         return None
     if not _state.status:
         with _lock:
@@ -70,7 +70,7 @@ def kernels() -> ctypes.CDLL | None:
 
 def kernels_status() -> str:
     """Whether compiled kernels run, and why not: `compiled: -march=native -fopenmp`."""
-    if not _enabled.get() or os.environ.get("RESPLICE_KERNELS") == "off":
+    if not _enabled.get():
         return "plain torch: switched off"
     kernels()
     return _state.status
@@ -92,6 +92,8 @@ def forget() -> None:
 
 
 def _opened() -> tuple[ctypes.CDLL | None, str]:
+    if os.environ.get("RESPLICE_KERNELS") == "off":
+        return None, "plain torch: switched off"
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
     if compiler is None:
         return None, "plain torch: no C compiler (cc, gcc or $CC)"

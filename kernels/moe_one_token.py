@@ -1,7 +1,7 @@
 """`moe_ffn` on one token, compiled: the decoding step of a carved model on a CPU.
 
-One token takes as long as its weights take to read, and each operator on the way costs as much again
-as a tenth of them, so the whole layer is one call (`cpu/moe.c`).
+One token takes as long as its weights take to read, and each operator on the way costs as much as
+a tenth of them, so the whole layer is one call (`cpu/moe.c`).
 """
 
 from __future__ import annotations

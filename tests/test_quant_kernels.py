@@ -142,7 +142,8 @@ def test_gradients_beside_the_kernel() -> None:
     x = torch.randn(2, 1024, requires_grad=True)
     bias = torch.randn(64, requires_grad=True)
     upstream = torch.randn(2, 64)
-    found = torch.autograd.grad((quant_linear(x, codes, step, bias, 4, 0) * upstream).sum(), (x, bias))
+    result = (quant_linear(x, codes, step, bias, 4, 0) * upstream).sum()
+    found = torch.autograd.grad(result, (x, bias))
     dense = dequantize(codes, step, 4, 0, 1024)
     assert difference(upstream @ dense, found[0]).relative < FLOAT
     assert difference(upstream.sum(0), found[1]).relative < FLOAT
@@ -322,9 +323,7 @@ def test_processes_may_build_at_the_same_time(tmp_path: Path) -> None:
         "assert kernels() is not None, kernels_status()\n"
     )
     environment: dict[str, Any] = {**os.environ, "RESPLICE_CACHE": str(tmp_path)}
-    running = [
-        subprocess.Popen([sys.executable, "-c", script], env=environment) for _ in range(2)
-    ]
+    running = [subprocess.Popen([sys.executable, "-c", script], env=environment) for _ in range(2)]
     assert [process.wait(timeout=300) for process in running] == [0, 0]
     assert list(tmp_path.glob("*.so"))
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".so"]

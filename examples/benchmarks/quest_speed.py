@@ -139,7 +139,8 @@ def float_variant(x: Tensor, codes: Tensor, step: Tensor, bits: int) -> Callable
     """`quant_linear`, compared with float64 on a few rows."""
     few = slice(0, 512)  # enough weights for the kernel to run
     found = quant_linear(x[:2], codes[few], step[few], None, bits, 0)
-    compare(found, x[:2].double() @ dequantize(codes[few], step[few].double(), bits, 0, x.shape[1]).T)
+    dense = dequantize(codes[few], step[few].double(), bits, 0, x.shape[1])
+    compare(found, x[:2].double() @ dense.T)
     return lambda: quant_linear(x, codes, step, None, bits, 0)
 
 
@@ -165,7 +166,7 @@ def compare(found: Tensor, expected: Tensor, bar: float = 1e-5) -> None:
 
 
 def torch_int4(dense: Tensor, x: Tensor, generator: torch.Generator) -> Variants:
-    """torch's own 4-bit product in groups of 128, bfloat16 activations."""
+    """Torch's own 4-bit product in groups of 128, bfloat16 activations."""
     pack = getattr(torch.ops.aten, "_convert_weight_to_int4pack_for_cpu", None)
     multiply = getattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu", None)
     if pack is None or multiply is None:

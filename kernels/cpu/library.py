@@ -1,11 +1,11 @@
-"""The C files of this folder as one shared library: compiled once per machine, kept in the user's cache, checked.
+"""The C files of this folder as one shared library, compiled once per machine and checked.
 
 The file's name holds a digest of source, flags, compiler and processor, and one of its own bytes:
 a damaged file is not loaded but built again. It appears by one rename, so processes may build at
 the same time. Without a compiler, or where a result is wrong, ops run in plain torch.
 
-`RESPLICE_KERNELS=off` (read on first use) switches compiled kernels off, `RESPLICE_CACHE` moves the cache
-(`$XDG_CACHE_HOME/resplice`, `~/.cache/resplice`), `CC` names the compiler.
+`RESPLICE_KERNELS=off` (read on first use) switches compiled kernels off, `RESPLICE_CACHE` moves the
+cache (`$XDG_CACHE_HOME/resplice`, `~/.cache/resplice`), `CC` names the compiler.
 """
 
 from __future__ import annotations

@@ -29,12 +29,10 @@
 #define NO_MEMORY 2
 
 typedef uint8_t u8x32 __attribute__((vector_size(WIDTH)));
-typedef int8_t s8x32 __attribute__((vector_size(WIDTH)));
 typedef uint16_t u16x16 __attribute__((vector_size(WIDTH)));
 typedef int16_t s16x16 __attribute__((vector_size(WIDTH)));
 typedef int32_t s32x8 __attribute__((vector_size(WIDTH)));
 typedef float f32x8 __attribute__((vector_size(WIDTH)));
-typedef int8_t s8x8 __attribute__((vector_size(8)));
 
 INLINE long least(long a, long b) { return a < b ? a : b; }
 INLINE long parts_of(long count, long size) { return (count + size - 1) / size; }
@@ -186,19 +184,19 @@ static int64_t dot_bytes(const uint8_t *row, const int16_t *x, long size) {
     return total;
 }
 
-/* Eight codes of eight bits, less 128. */
-INLINE f32x8 centred(const uint8_t *codes) {
-    s8x8 eight;
-    memcpy(&eight, codes, sizeof eight);
-    eight ^= (int8_t)-128;
+/* Levels of eight codes of eight bits. */
+INLINE f32x8 levels_of(const uint8_t *codes) {
 #ifdef __AVX2__
-    return (f32x8)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_set_epi64x(0, (int64_t)eight)));
+    __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)codes));
+    return (f32x8)_mm256_cvtepi32_ps(wide) - 127.5f;
 #else
-    return __builtin_convertvector(eight, f32x8);
+    f32x8 found;
+    for (int i = 0; i < 8; i++) found[i] = (float)codes[i] - 127.5f;
+    return found;
 #endif
 }
 
-/* sum of (code - 128) * activation, floats. */
+/* sum of (code - 127.5) * activation, floats. */
 static float dot_floats(const uint8_t *row, const float *x, long size) {
     f32x8 sums[4] = {0};
     long k = 0;
@@ -207,13 +205,13 @@ static float dot_floats(const uint8_t *row, const float *x, long size) {
         for (int i = 0; i < 4; i++) {
             f32x8 values;
             memcpy(&values, x + k + 8 * i, sizeof values);
-            sums[i] += centred(row + k + 8 * i) * values;
+            sums[i] += levels_of(row + k + 8 * i) * values;
         }
     }
     f32x8 sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     float total = 0;
     for (int i = 0; i < 8; i++) total += sum[i];
-    for (; k < size; k++) total += (float)(row[k] - 128) * x[k];
+    for (; k < size; k++) total += ((float)row[k] - 127.5f) * x[k];
     return total;
 }
 
@@ -379,8 +377,7 @@ typedef struct {
     int64_t *sums;    /* [tokens, segments], of the integers */
     double *units;    /* [tokens], the value of one */
     /* instead of panels: */
-    const float *x;   /* floats by eight-bit weights, */
-    double *totals;   /* their sums [tokens, segments]; */
+    const float *x;   /* floats by eight-bit weights; */
     int16_t *a;       /* codes by eight-bit weights: [tokens, size]; */
     uint8_t *signs;   /* one bit by one bit: [tokens, row] */
     const uint8_t *codes;
@@ -400,8 +397,8 @@ INLINE void segment(
     second += skip;
     if (j->x) {
         const float *x = j->x + token * l->size + from;
-        found[0] = dot_floats(first, x, count) + j->totals[at] / 2;
-        found[1] = dot_floats(second, x, count) + j->totals[at] / 2;
+        found[0] = dot_floats(first, x, count);
+        found[1] = dot_floats(second, x, count);
         return;
     }
     if (j->signs) {
@@ -470,15 +467,13 @@ static int run(const job *j, int threads) {
 static int reserve(job *j) {
     long cells = j->tokens * j->l.segments;
     j->sums = calloc(cells + 1, sizeof *j->sums);
-    j->totals = calloc(cells + 1, sizeof *j->totals);
     j->units = calloc(j->tokens + 1, sizeof *j->units);
     j->panels = aligned_alloc(LINE, parts_of(cells * j->l.panel * j->limbs + 1, LINE) * LINE);
-    return !j->sums || !j->totals || !j->units || !j->panels;
+    return !j->sums || !j->units || !j->panels;
 }
 
 static void release(job *j) {
     free(j->sums);
-    free(j->totals);
     free(j->units);
     free(j->panels);
     free(j->signs);
@@ -501,16 +496,12 @@ API int resplice_linear(
     }
     if (!failed && reserve(&j)) failed = NO_MEMORY;
     for (long t = 0; t < tokens && !failed; t++) {
-        const float *row = x + t * size;
-        if (bits < 8) {
-            j.units[t] = fix(row, size, most[t], j.limbs, fixed);
-            spread(fixed, &j.l, j.limbs, j.panels + t * j.l.segments * j.l.panel * j.limbs,
-                   j.sums + t * j.l.segments);
-            continue;
-        }
-        j.x = x;
-        for (long k = 0; k < size; k++) j.totals[t * j.l.segments + k / j.l.length] += row[k];
+        if (bits == 8) continue;
+        j.units[t] = fix(x + t * size, size, most[t], j.limbs, fixed);
+        spread(fixed, &j.l, j.limbs, j.panels + t * j.l.segments * j.l.panel * j.limbs,
+               j.sums + t * j.l.segments);
     }
+    if (bits == 8) j.x = x;
     if (!failed) failed = run(&j, threads);
     free(most);
     free(fixed);

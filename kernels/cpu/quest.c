@@ -32,6 +32,7 @@ typedef uint8_t u8x32 __attribute__((vector_size(WIDTH)));
 typedef uint16_t u16x16 __attribute__((vector_size(WIDTH)));
 typedef int16_t s16x16 __attribute__((vector_size(WIDTH)));
 typedef int32_t s32x8 __attribute__((vector_size(WIDTH)));
+typedef uint32_t u32x8 __attribute__((vector_size(WIDTH)));
 typedef float f32x8 __attribute__((vector_size(WIDTH)));
 
 INLINE long least(long a, long b) { return a < b ? a : b; }
@@ -549,19 +550,50 @@ API int resplice_code_linear(
     return failed;
 }
 
+/* Codes of one segment as floats. */
+INLINE void unpack_by(
+    const uint8_t *codes, long count, const int field, float middle, float unit, float *to
+) {
+    const u32x8 places = {0, field, 2 * field, 3 * field, 4 * field, 5 * field, 6 * field,
+                          7 * field};
+    const uint32_t mask = (1u << field) - 1;
+    long k = 0;
+    for (; k + 8 <= count; k += 8, codes += field) { /* eight codes take `field` bytes */
+        uint32_t word = 0;
+        memcpy(&word, codes, field);
+        u32x8 one = (u32x8){word, word, word, word, word, word, word, word} >> places & mask;
+        f32x8 found = (__builtin_convertvector((s32x8)one, f32x8) - middle) * unit;
+        memcpy(to + k, &found, sizeof found);
+    }
+    for (int i = 0; k < count; k++, i += field)
+        to[k] = ((float)(codes[i / 8] >> (i % 8) & mask) - middle) * unit;
+}
+
+static void unpack(
+    const uint8_t *codes, long count, int field, float middle, float unit, float *to
+) {
+    switch (field) {
+    case 1: unpack_by(codes, count, 1, middle, unit, to); return;
+    case 2: unpack_by(codes, count, 2, middle, unit, to); return;
+    case 4: unpack_by(codes, count, 4, middle, unit, to); return;
+    default: break;
+    }
+    long k = 0;
+    for (; k + 8 <= count; k += 8) {
+        f32x8 found = levels_of(codes + k) * unit;
+        memcpy(to + k, &found, sizeof found);
+    }
+    for (; k < count; k++) to[k] = ((float)codes[k] - middle) * unit;
+}
+
 /* Rows of weights as floats [rows, size]. */
 API int resplice_dequantize(
     const uint8_t *codes, long rows, long size, int bits, const float *step, long group,
     float *to, int threads
 ) {
     layout l = layout_of(size, bits, group);
-    int per = 8 / l.field, levels = (1 << bits) - 1, failed = 0;
-    float *table = malloc(256 * 8 * sizeof *table);
-    if (!table) return NO_MEMORY;
-    for (int byte = 0; byte < 256; byte++)
-        for (int i = 0; i < per; i++)
-            table[byte * per + i] =
-                (float)(byte >> (i * l.field) & ((1 << l.field) - 1)) - (float)levels / 2;
+    const float middle = (float)((1 << bits) - 1) / 2;
+    int failed = 0;
     (void)threads;
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
     {
@@ -576,17 +608,13 @@ API int resplice_dequantize(
                 row = scratch;
             }
             for (long s = 0; s < l.segments; s++) {
-                long from = s * l.length, count = least(l.length, size - from), k = 0;
-                const uint8_t *at = row + from * l.field / 8;
-                float *out = to + n * size + from, unit = step[n * l.segments + s];
-                for (; k + per <= count; k += per, at++)
-                    for (int i = 0; i < per; i++) out[k + i] = table[*at * per + i] * unit;
-                for (int i = 0; k < count; k++, i++) out[k] = table[*at * per + i] * unit;
+                long from = s * l.length, count = least(l.length, size - from);
+                unpack(row + from * l.field / 8, count, l.field, middle,
+                       step[n * l.segments + s], to + n * size + from);
             }
         }
         free(scratch);
     }
-    free(table);
     return failed ? NO_MEMORY : 0;
 }
 

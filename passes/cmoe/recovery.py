@@ -36,6 +36,7 @@ _MATRICES = {aten.linear.default: 1, aten.addmm.default: 2, aten.matmul.default:
 _STACKS = (1, 3, 4, 6)
 _ROUTER, _SCALE, _BALANCE, _ACTIVE = 8, 10, 11, 12
 
+
 @dataclass(frozen=True)
 class Recipe:
     """How to train.

@@ -18,7 +18,9 @@ from resplice.cli.app import run as run_cli
 from resplice.compare import difference
 from resplice.context import Context
 from resplice.errors import PassError, RespliceWarning, SpecError
+from resplice.kernels.code_linear import code_linear
 from resplice.kernels.quant_linear import quant_linear
+from resplice.kernels.quest_codes import quest_codes
 from resplice.kernels.quest_quantize import quest_quantize, rounded
 from resplice.passes.quest import Quest, freeze
 from resplice.pipeline import Pipeline
@@ -58,9 +60,9 @@ def test_products_of_rounded_operands(mode: str, weight_bits: int, act_bits: int
 
 
 def test_readers_of_one_value_share_its_rounding() -> None:
-    for mode in ("ptq", "qat"):
+    for mode, op in (("ptq", quest_codes), ("qat", rounded)):
         program = rewritten(Quest(weight_bits=4, act_bits=4, mode=mode))  # type: ignore[arg-type]
-        calls = [n for n in program.graph.nodes if n.target is rounded.overload]
+        calls = [n for n in program.graph.nodes if n.target is op.overload]
         inputs = [n for n in calls if n.args[0].op != "get_attr"]
         assert len(inputs) == 2  # q, k and v read one, down the other
 
@@ -88,6 +90,41 @@ def test_freezing_is_bit_equal_to_the_trained_program(weight_bits: int, act_bits
     assert len([n for n in packed.graph.nodes if n.target is quant_linear.overload]) == 4
     fresh = torch.randn(3, 32)
     assert torch.equal(packed(fresh), program(fresh))
+
+
+@pytest.mark.parametrize(("weight_bits", "act_bits"), [(1, 1), (4, 4), (2, 8), (8, 8)])
+def test_freezing_to_integers_multiplies_the_same_operands(weight_bits: int, act_bits: int) -> None:
+    item = Quest(weight_bits=weight_bits, act_bits=act_bits, mode="qat")
+    program = rewritten(item, block(seed=5))
+    packed, change = freeze(program, integer=True)
+    assert change.count == 4
+    kinds = [n.target for n in packed.graph.nodes]
+    assert kinds.count(code_linear.overload) == 4
+    assert kinds.count(quest_codes.overload) == 2  # q, k and v read one
+    assert not {quant_linear.overload, rounded.overload} & set(kinds)
+    x = torch.randn(3, 32)
+    # a value at the border of two levels may fall to either side
+    wrong = (packed(x) - program(x)).abs() > 1e-5 * program(x).abs().max()
+    assert wrong.float().mean() < 0.05
+
+
+def test_only_rounded_activations_become_integers() -> None:
+    program = rewritten(Quest(weight_bits=4, mode="qat"), block(seed=5))
+    packed, _ = freeze(program, integer=True)
+    kinds = [n.target for n in packed.graph.nodes]
+    assert kinds.count(quant_linear.overload) == 4
+    x = torch.randn(3, 32)
+    assert torch.equal(packed(x), program(x))
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_integer_layers_keep_the_dtype_of_the_model(kind: torch.dtype) -> None:
+    x = torch.randn(3, 32).to(kind)
+    model = block(seed=6).to(kind)
+    program, _ = Pipeline((Quest(weight_bits=4, act_bits=8),)).run(program_of(model, x), check=True)
+    assert program(x).dtype == kind
+    plain = model.float()(x.float())
+    assert difference(plain, program(x).float()).rms < 0.2
 
 
 def test_freezing_an_untouched_program_is_refused() -> None:

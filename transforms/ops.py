@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,7 +76,7 @@ class Op:
         """Run the op eagerly on tensors, with its arguments checked."""
         return self.overload(*args, **kwargs)
 
-    @property
+    @cached_property
     def overload(self) -> torch._ops.OpOverload:
         """The registered torch operator."""
         found: torch._ops.OpOverload = getattr(torch.ops.resplice, self.name).default

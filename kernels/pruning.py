@@ -28,8 +28,8 @@ def kept_units(values: Tensor, unit: int) -> Tensor:
     number = torch.arange(_OF, device=values.device)
     first = number.unsqueeze(0) < number.unsqueeze(1)
     ahead = (other > own) | ((other == own) & first)
-    few: Tensor = ahead.sum(-1) < _KEPT
-    return few
+    found: Tensor = ahead.sum(-1) < _KEPT
+    return found
 
 
 def kept_values(kept: Tensor, unit: int) -> Tensor:
@@ -59,5 +59,5 @@ def expand(values: Tensor, places: Tensor, unit: int) -> Tensor:
     slots = places.unflatten(-1, (-1, _KEPT)).unsqueeze(-1)
     taken = slots == torch.arange(_OF, device=values.device, dtype=places.dtype)
     units = values.unflatten(-1, (-1, _KEPT, 1, unit))
-    spread: Tensor = (taken.unsqueeze(-1).to(values.dtype) * units).sum(-3)
-    return spread.flatten(-3)
+    found: Tensor = (taken.unsqueeze(-1).to(values.dtype) * units).sum(-3).flatten(-3)
+    return found

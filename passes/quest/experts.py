@@ -142,7 +142,7 @@ _PRODUCTS = (
 
 def refuse_stacks(program: Program, change: Change) -> None:
     """Say which products read a constant stack of matrices in a way that no rule takes."""
-    known = {refusal.node for refusal in change.refusals} | {site.node for site in change.sites}
+    known = {item.node for item in change.refusals} | {item.node for item in change.sites}
     for node in list(program.graph.nodes):
         if node.op != "get_attr" or _constant_stack(node):
             continue

@@ -14,6 +14,7 @@ from resplice.errors import PassError
 from resplice.kernels.quant_linear import BITS, quant_linear
 from resplice.kernels.quest_quantize import rounded
 from resplice.passes.canonicalize import remove_dead
+from resplice.passes.quest.integers import code_product
 from resplice.passes.quest.packed import Form, PackedWeight, pack_rows
 from resplice.passes.quest.weights import codes_of_rows
 from resplice.pattern import Match, Var, aten, resplice
@@ -22,16 +23,19 @@ from resplice.rules import Rule, apply_rules
 from resplice.walk import run_node
 
 
-def freeze(program: Program) -> tuple[Program, Change]:
+def freeze(program: Program, *, integer: bool = False) -> tuple[Program, Change]:
     """Turn the weights of a program trained with `quest{mode=qat}` into packed codes.
 
     linear(x, quest_quantize(weight, bits, ...)) -> quant_linear(x, codes, step, bias, bits, 0)
     round_to_levels(weight, levels, unit, ...) -> quant_weight(step, codes, places, levels, ...)
 
-    The result computes bit for bit what the trained program computes.
+    The result computes bit for bit what the trained program computes, but for layers of 2**15
+    weights and more, whose CPU kernel sums in another order.
 
     Args:
         program: Rewritten by `quest{mode=qat}`, trained or not; it is not changed.
+        integer: Multiply codes of activations by codes of weights, exactly, where both are
+            rounded: faster; equal up to the rounding of float32 sums.
 
     Returns:
         The packed program and what was done to it.
@@ -40,7 +44,7 @@ def freeze(program: Program) -> tuple[Program, Change]:
         PassError: The program holds no weight that is rounded on the way.
     """
     draft = program.copy()
-    change = apply_rules(draft, [_Pack()], Context(), "freeze")
+    change = apply_rules(draft, [_Pack(integer)], Context(), "freeze")
     remove_dead(draft)
     others = apply_rules(draft, [_PackGrid(), _PackLevels()], Context(), "freeze")
     change.sites += others.sites
@@ -58,10 +62,10 @@ def _rounded_constant(value: Any) -> str | None:
     bits, rotate_back = value.args[1], value.args[5]
     if rotate_back or bits not in BITS:
         return "its codes can't be packed"
-    return None if _stored(value) is not None else "it is computed, not a constant of the program"
+    return None if stored_weight(value) else "it is computed, not a constant of the program"
 
 
-def _stored(value: fx.Node) -> fx.Node | None:
+def stored_weight(value: fx.Node) -> fx.Node | None:
     """The weight that a node rounds, seen through what prepares it: constants only."""
     source = value
     while source.op == "call_function":
@@ -85,27 +89,33 @@ class _Pack(Rule):
 
     name = "pack"
 
+    def __init__(self, integer: bool) -> None:
+        self.integer = integer
+
     def pattern(self) -> Any:
         return aten.linear(Var("x"), Var("weight", _rounded_constant), Var("bias"))
 
     def rewrite(self, found: Match, build: Builder) -> fx.Node:
         weight = found.node("weight")
-        stored = _stored(weight)
+        stored = stored_weight(weight)
         assert stored is not None
         bits, block = int(weight.args[1]), int(weight.args[2])  # type: ignore[arg-type]  # ints by schema
         with torch.no_grad():
             values = _value(build.program, weight.all_input_nodes[0])
             codes, step = codes_of_rows(values, bits, 0, block)
-        return build(
-            quant_linear.overload, found.node("x"),
+        packed = (
             build.weight(f"{stored.target}_codes", codes),
             build.weight(f"{stored.target}_step", step), found["bias"], bits, 0,
         )  # fmt: skip
+        x = found.node("x")
+        if self.integer and x.target is rounded.overload:
+            return code_product(build, x.all_input_nodes[0], block, int(x.args[1]), packed)  # type: ignore[arg-type]  # int by schema
+        return build(quant_linear.overload, x, *packed)
 
 
 def _is_constant(value: Any) -> str | None:
     stored = isinstance(value, fx.Node) and (
-        value.op == "get_attr" or (value.op == "call_function" and _stored(value) is not None)
+        value.op == "get_attr" or (value.op == "call_function" and stored_weight(value) is not None)
     )
     return None if stored else "it is computed, not a constant of the program"
 
@@ -145,7 +155,7 @@ def _emit(found: Match, build: Builder, form: Form) -> fx.Node:
     with torch.no_grad():
         values = _value(build.program, weight)
         packed = PackedWeight(*pack_rows(values, form, block), form, block, values.shape[-1])
-    stored = weight if weight.op == "get_attr" else _stored(weight)
+    stored = weight if weight.op == "get_attr" else stored_weight(weight)
     assert stored is not None
     kind = weight.meta["val"].dtype
     return packed.emit(build, str(stored.target), kind, back=bool(found["back"]))

@@ -26,11 +26,10 @@ from torch import Tensor, fx
 
 from resplice.build import Builder
 from resplice.change import Change
-from resplice.compare import sqnr_db
 from resplice.context import Context
 from resplice.errors import SpecError
 from resplice.facts import Canonical, FloatWeights
-from resplice.kernels.gaussian_grid import expected_error, expected_sqnr_db
+from resplice.kernels.gaussian_grid import expected_error
 from resplice.kernels.level_sets import bits_of
 from resplice.kernels.pruning import UNITS
 from resplice.kernels.quant_linear import BITS
@@ -39,6 +38,7 @@ from resplice.passes.quest.convolutions import QuantizeConvolution
 from resplice.passes.quest.experts import QuantizeExperts, QuantizeStack, refuse_stacks
 from resplice.passes.quest.inputs import flipped, once
 from resplice.passes.quest.packed import Form, PackedWeight, pack_weight
+from resplice.passes.quest.quality import OutputErrors, sum_up, weight_metrics
 from resplice.passes.quest.roles import feeds_embedding, follows_activation, role_of
 from resplice.passes.quest.site import QuestRule
 from resplice.passes.quest.weights import Block, QuantizedWeight, hadamard_block, quantize_weight
@@ -46,7 +46,8 @@ from resplice.pattern import Match, Var, aten, either
 from resplice.program import Program
 from resplice.rules import Rule, apply_rules
 
-_FAR_OFF_DB = 2.0
+_NEEDS_TRAINING = 0.35
+"""Expected relative error of a layer past which rounding after training is worth a warning."""
 
 
 @dataclass(frozen=True)
@@ -160,39 +161,25 @@ class Quest(Pass):
         """Replace weights one at a time; a replaced weight is released at once."""
         if self.weight_bits == self.act_bits == 16:
             return Change(notes=["16 bits: nothing to do"])
-        rules: list[Rule] = [_QuantizeLinear(self, context), _QuantizeMatmul(self, context)]
-        rules += [QuantizeExperts(self, context), QuantizeStack(self, context)]
+        errors = OutputErrors(program, context.calibration)
+        rules: list[Rule] = [
+            _QuantizeLinear(self, context, errors),
+            _QuantizeMatmul(self, context, errors),
+            QuantizeExperts(self, context),
+            QuantizeStack(self, context),
+        ]
         rules += [QuantizeConvolution(self, context)] if self.convs else []
         change = apply_rules(program, rules, context, self.name)
         if self.weight_bits < 16:
             refuse_stacks(program, change)
-        if self.packs:
-            _sum_up(change)
-        if self.packs and self.act_bits <= 2:
-            error = expected_error(self.weight_bits, self.act_bits)
+        sum_up(change)
+        error = expected_error(self.weight_bits, self.act_bits)
+        if self.mode == "ptq" and error > _NEEDS_TRAINING and change.count:
             change.notes.append(
                 f"WARNING: expect a relative error of {error:.2f} in every layer from "
                 f"W{self.weight_bits}A{self.act_bits} after training; train it with mode=qat"
             )
         return change
-
-
-def _sum_up(change: Change) -> None:
-    far = [s.node for s in change.sites if _is_far_off(s.metrics)]
-    if far:
-        change.notes.append(
-            f"{len(far)} weights err {_FAR_OFF_DB:.0f} dB more than Gaussian theory: "
-            f"{', '.join(far[:8])}"
-        )
-    saved = sum(
-        s.metrics.get("bytes_before", 0) - s.metrics.get("bytes_after", 0) for s in change.sites
-    )
-    change.notes.append(f"{change.count} weights, {saved / 2**20:.1f} MiB saved")
-
-
-def _is_far_off(metrics: dict[str, Any]) -> bool:
-    measured, theory = metrics.get("sqnr_db", math.inf), metrics.get("theory_db", -math.inf)
-    return float(measured) < float(theory) - _FAR_OFF_DB
 
 
 def _constant_matrix(value: Any) -> str | None:
@@ -210,6 +197,10 @@ class _QuantizeLinear(QuestRule):
 
     name = "linear"
     transposed = False
+
+    def __init__(self, options: Quest, context: Context, errors: OutputErrors) -> None:
+        super().__init__(options, context)
+        self.errors = errors
 
     def pattern(self) -> Any:
         return aten.linear(_X, _W, _B)
@@ -243,17 +234,21 @@ class _QuantizeLinear(QuestRule):
             lambda: pack(weight if signs is None else weight * signs, form),
         )
         x = flipped(build, found.node("x"), signs)
-        weight = weight if signs is None else weight * signs
+        turned = weight if signs is None else weight * signs
         if form.plain:
+            metrics = weight_metrics(turned, quantized) | self.errors.of(
+                found.root, found.node("x"), weight, quantized, options.act_bits, quantized.block,
+                signs,
+            )  # fmt: skip
             packed = (
                 build.weight(f"{name}_codes", quantized.codes),
                 build.weight(f"{name}_step", quantized.step),
                 found["bias"], quantized.bits, quantized.group,
             )  # fmt: skip
-            return self.fused(build, x, packed), _metrics(weight, quantized)
+            return self.fused(build, x, packed), metrics
         held = quantized.emit(build, name, weight.dtype)
         new = build(torch.ops.aten.linear.default, self.input(build, x), held, found["bias"])
-        return new, quantized.metrics(weight)
+        return new, quantized.metrics(turned)
 
     def _fused(self, weight: Tensor, form: Form) -> QuantizedWeight:
         bits, block = bits_of(form.levels), self.options.hadamard
@@ -291,7 +286,13 @@ class _QuantizeLinear(QuestRule):
         block = hadamard_block(int(x.meta["val"].shape[-1]), options.hadamard)
         narrow = self.input(build, x, back=True)
         args = [narrow if arg is x else arg for arg in found.root.args]
-        return build(found.root.target, *args, **found.root.kwargs), {"block": block}
+        new = build(found.root.target, *args, **found.root.kwargs)
+        if options.format == "fp4":  # theory is that of the integer grids
+            return new, {"block": block}
+        original = build.program.weight(found.node("weight"))
+        weight = original.t() if self.transposed else original
+        errors = self.errors.of(found.root, x, weight, None, options.act_bits, block)
+        return new, {"block": block} | errors
 
 
 class _QuantizeMatmul(_QuantizeLinear):
@@ -302,15 +303,3 @@ class _QuantizeMatmul(_QuantizeLinear):
 
     def pattern(self) -> Any:
         return either(aten.addmm(_B, _X, _W), aten.matmul(_X, _W), aten.mm(_X, _W))
-
-
-def _metrics(weight: Tensor, quantized: QuantizedWeight) -> dict[str, Any]:
-    quality = sqnr_db(weight.float(), quantized.dequantize())
-    measured = {"sqnr_db": quality} if math.isfinite(quality) else {"note": "the weight is zero"}
-    return {
-        **measured,
-        "theory_db": expected_sqnr_db(quantized.bits),
-        "bytes_before": weight.nbytes,
-        "bytes_after": quantized.nbytes,
-        "block": quantized.block,
-    }

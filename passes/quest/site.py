@@ -13,6 +13,7 @@ from resplice.context import Context
 from resplice.kernels.pruning import UNITS, fits
 from resplice.kernels.quant_linear import quant_linear
 from resplice.passes.quest.inputs import ROUNDINGS, prepared
+from resplice.passes.quest.integers import code_product
 from resplice.passes.quest.packed import Form, PackedWeight, pack_weight
 from resplice.passes.quest.weights import hadamard_block
 from resplice.pattern import Match
@@ -89,7 +90,11 @@ class QuestRule(Rule):
 
     def fused(self, build: Builder, x: fx.Node, packed: tuple[Any, ...]) -> fx.Node:
         """The product of an input, not yet rotated, with codes, step, bias, bits and group."""
-        return build(quant_linear.overload, self.input(build, x), *packed)
+        options = self.options
+        if options.act_bits == 16:
+            return build(quant_linear.overload, self.input(build, x), *packed)
+        block = hadamard_block(int(x.meta["val"].shape[-1]), options.hadamard)
+        return code_product(build, x, block, options.act_bits, packed)
 
     def input(self, build: Builder, x: fx.Node, *, back: bool = False) -> fx.Node:
         """What a product of rounded weights reads."""

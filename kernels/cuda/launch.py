@@ -26,6 +26,7 @@ from triton.runtime.interpreter import InterpretedFunction, _patch_lang
 from triton.runtime.jit import JITFunction
 
 from resplice.errors import OpError
+from resplice.kernels.cuda.bfloat16 import bfloat16_arithmetic
 
 TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
@@ -253,7 +254,8 @@ def _interpret(function: Any, grid: tuple[int, ...], arguments: dict[str, Any]) 
     scope, call = _patch_lang(triton.language.standard.zeros.fn), JITFunction.__call__
     JITFunction.__call__ = _interpreted_call
     try:
-        InterpretedFunction(function.fn)[grid](**arguments)
+        with bfloat16_arithmetic():
+            InterpretedFunction(function.fn)[grid](**arguments)
     finally:
         JITFunction.__call__ = call
         scope.restore()

@@ -247,15 +247,20 @@ def _divisible(value: Any) -> bool:
 
 
 def _interpret(function: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
-    """Run a kernel block by block on CPU tensors.
+    """Run a kernel block by block on CPU tensors."""
+    with _interpreting():
+        InterpretedFunction(function.fn)[grid](**arguments)
 
-    Kernels stay compilable in the same process: the language is patched for one launch only.
-    """
-    scope, call = _patch_lang(triton.language.standard.zeros.fn), JITFunction.__call__
+
+@contextmanager
+def _interpreting() -> Iterator[None]:
+    """Patch the language for one launch, so that kernels stay compilable in the same process."""
+    scope = _patch_lang(triton.language.standard.zeros.fn)
+    call = JITFunction.__call__
     JITFunction.__call__ = _interpreted_call
     try:
         with bfloat16_arithmetic():
-            InterpretedFunction(function.fn)[grid](**arguments)
+            yield
     finally:
         JITFunction.__call__ = call
         scope.restore()

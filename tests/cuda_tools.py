@@ -103,7 +103,7 @@ class Code:
 
 
 def compiled(launch: Launch, arch: str, tmp_path: Path) -> Code:
-    """Compile a launch and take it apart; fails where the device would not have the shared memory."""
+    """Compile a launch and take it apart; fails where shared memory would not do."""
     nvidia = arch.startswith("sm_")
     target = GPUTarget("cuda", int(arch[3:]), 32) if nvidia else GPUTarget("hip", arch, 64)
     source = ASTSource(

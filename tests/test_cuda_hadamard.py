@@ -41,7 +41,7 @@ def test_any_size(size: int, block: int, dtype: torch.dtype) -> None:
 
 
 def test_32_bit_values_lose_nothing_in_16_bit_parts() -> None:
-    """Integers of 24 bits come through exactly: their sums of 16 fit into float32 by construction."""
+    """Integers of 20 bits come through exactly: sums of 16 of them fit into float32."""
     x = torch.randint(-(2**19), 2**19, (8, 16)).float()
     assert torch.equal(cuda.hadamard(x, 16).double(), hadamard.reference(x.double(), 16))
 

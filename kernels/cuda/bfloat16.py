@@ -1,4 +1,4 @@
-"""bfloat16 in Triton's interpreter, which keeps the numbers as integers, adds those, and truncates."""
+"""bfloat16 in Triton's interpreter, which adds the bits as integers, and truncates."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Reading packed codes inside a kernel: parts shared by the kernels of packed weights.
 
-A row of codes is a little-endian bit stream (`resplice.kernels.packing`). It is read by periods: the
-fewest bytes that hold a whole number of codes, `per` codes in `width` bytes (8 codes in 3 bytes for 3
-bits). One period is one integer, a "word", and codes with the same place in their words are one slice of
-K: a product over K is the sum over slices, so that neither codes nor activations change places in
-memory. Activations are taken apart in registers, by splitting pairs.
+A row of codes is a little-endian bit stream (`resplice.kernels.packing`). It is read by periods:
+the fewest bytes that hold a whole number of codes, `per` codes in `width` bytes (8 codes in 3 bytes
+for 3 bits). One period is one integer, a "word", and codes with the same place in their words are
+one slice of K: a product over K is the sum over slices, so that neither codes nor activations
+change places in memory. Activations are taken apart in registers, by splitting pairs.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Triton kernel of `hadamard`: block Walsh-Hadamard transforms as products with a matrix of signs.
 
-The matrix is made in registers: entry (i, j) is -1 to the power of the number of ones in i & j. Signs are
-exact in 16 bits, so that 16-bit values take one pass of the tensor cores; 32-bit values are three 16-bit
-ones, exactly. Sums are float32. Orders below 16 fill the diagonal of a matrix of order 16; orders above
-128 are transforms of order 128 and of the rest, one after the other.
+The matrix is made in registers: entry (i, j) is -1 to the power of the number of ones in i & j.
+Signs are exact in 16 bits, so that 16-bit values take one pass of the tensor cores; 32-bit values
+are three 16-bit ones, exactly. Sums are float32. Orders below 16 fill the diagonal of a matrix of
+order 16; orders above 128 are transforms of order 128 and of the rest, one after the other.
 """
 
 from __future__ import annotations
@@ -33,10 +33,7 @@ def sign_matrix(order: tl.constexpr, block: tl.constexpr, kind: tl.constexpr):
     row, column = tl.arange(0, order)[:, None], tl.arange(0, order)[None, :]
     common = row & column & (block - 1)
     odd = (0x6996 >> ((common ^ (common >> 4)) & 15)) & 1  # the parity of four bits, by a table
-    if kind == tl.float16:
-        bits = 0x3C00 | (odd << 15)
-    else:
-        bits = 0x3F80 | (odd << 15)
+    bits = (odd << 15) | (0x3C00 if kind == tl.float16 else 0x3F80)
     if block < order:
         bits = tl.where(row // block == column // block, bits, 0)
     kept: tl.constexpr = tl.float16 if kind == tl.float16 else tl.bfloat16
@@ -110,6 +107,6 @@ def transform(x: Tensor, y: Tensor, block: int, stride: int) -> None:
 
 
 def programs(tiles: int, arch: str) -> int:
-    """Programs that share tiles: as many as are at work at once, since each makes its own matrix."""
+    """Programs that share tiles: as many as work at once, since each makes its own matrix."""
     most = 4 * PROCESSORS.get(arch, 100)
     return tiles if statically_known_true(tiles <= most) else most

@@ -1,9 +1,10 @@
 """Triton kernels of `moe_ffn`: grouped products over the tokens sent to each expert.
 
-`moe_in` computes gate, up and activation of one block of rows of one expert; `moe_out` projects back,
-weighted by gates. Each chosen expert of a token writes a row of its own, and the last launch adds those
-rows, in order, to the always-on neurons and the bias: no atomics, so results do not change from run to
-run. Blocks beyond the tokens that are there end at once: the grid needs no numbers from the device.
+`moe_in` computes gate, up and activation of one block of rows of one expert; `moe_out` projects
+back, weighted by gates. Each chosen expert of a token writes a row of its own, and the last launch
+adds those rows, in order, to the always-on neurons and the bias: no atomics, so results do not
+change from run to run. Blocks beyond the tokens that are there end at once: the grid needs no
+numbers from the device.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def moe_out(
     block_m: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
 ):  # fmt: skip
     """Outputs y[slot, block_n of n], by gates[slot]; plus parts[slot * count + ...] and bias."""
-    expert, slot, token, here = _rows(slots, loads, tokens, experts, active, padded, block_m)
+    expert, slot, _, here = _rows(slots, loads, tokens, experts, active, padded, block_m)
     if expert == experts:
         return
     column = tl.program_id(1) * block_n + tl.arange(0, block_n)

@@ -1,8 +1,8 @@
-"""Triton kernels that send tokens to experts: scores, choice and gates; then a list of tokens per expert.
+"""Triton kernels that send tokens to experts: choice and gates, and a list of tokens per expert.
 
-Nothing waits for the host and nothing is added atomically: the place of a token in its expert's list is
-the number of earlier tokens in it. A choice is named by its slot, token * A + rank, where the chosen
-experts of a token are ranked by their number.
+Nothing waits for the host and nothing is added atomically: the place of a token in its expert's
+list is the number of earlier tokens in it. A choice is named by its slot, token * A + rank, where
+the chosen experts of a token are ranked by their number.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def sent(
     x: Tensor, router: Tensor, bias: Tensor | None, gate_scale: Tensor | None,
     balance: Tensor | None, experts: int, active: int, activation: str, gated: bool, score: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Slots by expert int32 [experts, tokens], loads int32 [experts], and gates float32 [tokens, active].
+    """Slots int32 [experts, tokens], loads int32 [experts], and gates float32 [tokens, active].
 
     The arguments are those of `moe_ffn`; x is [tokens, d]. Gates are None where all are 1.
     """

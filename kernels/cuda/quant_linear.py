@@ -1,11 +1,13 @@
-"""Triton kernels of `quant_linear`: packed 1, 2, 3, 4 and 8-bit weights by floating point activations.
+"""Triton kernels of `quant_linear`: packed weights by floating point activations.
 
-`quant_linear_tiles` computes y^T = W x^T on tensor cores: the weights are the left operand, which may lie
-in registers, where they are unpacked. A few tokens fill the narrow side of the tile, and K is divided
-among programs until the GPU is busy. Sums are float32; parts of K are added in a fixed order.
+`quant_linear_tiles` computes y^T = W x^T on tensor cores: the weights are the left operand, which
+may lie in registers, where they are unpacked. A few tokens fill the narrow side of the tile, and K
+is divided among programs until the GPU is busy. Sums are float32; parts of K are added in a fixed
+order.
 
-One token takes the tensor cores too: what bounds it is unpacking, which costs three to four instructions
-a weight for pairs of 16-bit levels, and one more, the product itself, in a form without tensor cores.
+One token takes the tensor cores too: what bounds it is unpacking, which costs three to four
+instructions a weight for pairs of 16-bit levels, and one more, the product itself, in a form
+without tensor cores.
 """
 
 from __future__ import annotations
@@ -22,7 +24,6 @@ from resplice.kernels.cuda.bit_stream import evens_and_odds, level, load_words, 
 from resplice.kernels.cuda.launch import Config, configured, current_arch, launch
 from resplice.kernels.cuda.processors import PROCESSORS
 from resplice.kernels.quant_linear import quant_linear as op
-
 
 # ---- kernels -----------------------------------------------------------------------------
 
@@ -177,7 +178,7 @@ def quant_linear(
 def _multiply(
     x: Tensor, codes: Tensor, step: Tensor, bias: Tensor | None, y: Tensor, bits: int, group: int
 ) -> None:
-    """x [m, k] times the weight into y [..., n]."""
+    """X [m, k] times the weight into y [..., n]."""
     m, n, k = x.shape[0], codes.shape[0], x.shape[1]
     arch, (per, width) = current_arch(), period(bits)
     config = configured("quant_linear_tiles", configs(arch, x.dtype, bits, m))
@@ -185,7 +186,7 @@ def _multiply(
     block_k = config.constants["words"] * per
     tiles = -(-k // block_k)
     blocks = (-(-n // block_n), -(-m // block_m))
-    each = tiles if not statically_known_true(m <= 64) else _share(tiles, math.prod(blocks), arch)
+    each = tiles if not statically_known_true(m <= 64) else share(tiles, math.prod(blocks), arch)
     count = -(-tiles // each)
     parts = y if count == 1 else x.new_empty((count, m, n), dtype=torch.float32)
     launch(
@@ -210,7 +211,7 @@ def _grouping(group: int, per: int, block_k: int) -> int:
     return 1 if group % block_k == 0 else 2 if group % per == 0 else 3
 
 
-def _share(tiles: int, programs: int, arch: str) -> int:
-    """Tiles of K per program, so that there are two programs per processor, of four tiles or more."""
+def share(tiles: int, programs: int, arch: str) -> int:
+    """Tiles of K per program: two programs per processor, of four tiles or more each."""
     wanted = max(1, 2 * PROCESSORS.get(arch, 100) // programs)
     return max(-(-tiles // wanted), min(4, tiles))

@@ -1,4 +1,4 @@
-"""Triton kernel of `quest_quantize`: transform, root mean square, rounding, and back, in one launch.
+"""Triton kernel of `quest_quantize`: transform, step, rounding, and back, in one launch.
 
 The transform keeps the sum of squares, so that the step of a row is known before its values are
 transformed. A row of up to 64 blocks is loaded once, a longer one twice.
@@ -30,10 +30,7 @@ def _squares(values, block_m: tl.constexpr):
 @triton.jit
 def _levels(values, step, signs, scale, half: tl.constexpr):
     """The nearest level of each value, in steps of its row, plus 1/2; ties to even."""
-    if signs is None:
-        turned = values.to(tl.float32)
-    else:
-        turned = transformed(values, signs) * scale
+    turned = values.to(tl.float32) if signs is None else transformed(values, signs) * scale
     place = tl.clamp(tl.div_rn(turned, step) + 0.5, 1.0 - half, half)
     return (place + 12582912.0) - 12582912.0  # 1.5 * 2**23: what is left of the sum is rounded
 

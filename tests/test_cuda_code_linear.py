@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +58,6 @@ def test_block_sizes(block: tuple[int, int, int]) -> None:
             assert error(*product(70, 150, 40, act_bits, bits)) <= bar(torch.float32)
 
 
-@contextmanager
-def counting() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "FEW", 10**6)
-        yield
-
-
 def w1a1(m: int) -> tuple[Any, ...]:
     k = n = 4096
     f32 = torch.float32
@@ -77,35 +68,28 @@ def w1a1(m: int) -> tuple[Any, ...]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_counting_bits_pays_for_few_tokens_only(arch: str, tmp_path: Path) -> None:
-    """Instructions a product of two weights' rows takes, by the compiled loops of both forms.
+def test_counting_bits_pays_for_few_tokens_only(
+    arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Issue slots per product of two signs, by the compiled code of both forms.
 
-    One program's work is block_m * block_n * words-of-a-tile products; what its loop issues is its
-    instructions times its threads, and population counts leave at a quarter of the rate or less.
+    A tile takes its program's instructions times its threads; a population count takes eight slots
+    (16 a clock where there are 128 additions: CUDA C++ Programming Guide, arithmetic instructions).
     """
 
-    def per_product(m: int, name: str) -> float:
+    def slots(m: int, counted: bool) -> float:
+        monkeypatch.setattr(cuda, "FEW", m if counted else 0)
+        name = "code_linear_bits" if counted else "code_linear_tiles"
         (item,) = (found for found in launches(cuda.multiply, w1a1(m), arch) if found.name == name)
-        code = compiled(item, arch, tmp_path)
-        sizes = item.constants
-        codes = sizes["words"] * (32 if name == "code_linear_bits" else sizes["per"])
-        work = min(sizes["block_m"], m) * sizes["block_n"] * codes
-        issued = sum(code.instructions.values()) + 3 * code.count("POPC")
-        return issued * 32 * item.num_warps / work
+        code, sizes = compiled(item, arch, tmp_path), item.constants
+        columns = sizes["words"] * sizes.get("per", 32)
+        products = min(sizes["block_m"], m) * sizes["block_n"] * columns
+        issued = sum(code.instructions.values()) + 7 * code.count("POPC")
+        return issued * 32 * item.num_warps / products
 
-    assert per_product(1, "code_linear_bits") * 4 < tiles_for(1, per_product)
-    with counting():
-        assert per_product(4096, "code_linear_bits") > 0
-    many = per_product(4096, "code_linear_tiles")
-    with counting():
-        assert many * 2 < per_product(4096, "code_linear_bits")
-
-
-def tiles_for(m: int, per_product: Any) -> float:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "FEW", 0)
-        found: float = per_product(m, "code_linear_tiles")
-        return found
+    assert slots(1, True) < slots(1, False) / 4
+    assert slots(8, True) < slots(8, False)
+    assert slots(4096, False) < slots(4096, True)
 
 
 @pytest.mark.slow

@@ -104,13 +104,13 @@ def test_compiled_code(arch: str, bits: int, tmp_path: Path) -> None:
     """Tensor cores, and no spilled register, for one token and for many, plain and grouped."""
     k, n = 4096, 4096
     codes = meta(n, packed_bytes(k, bits), dtype=torch.uint8)
-    for m in (1, 64, 4096):
-        for group in (0, 128):
+    cases = [(torch.bfloat16, 0), (torch.bfloat16, 128), (torch.float16, 0), (torch.float32, 128)]
+    for m in (1, 4096):
+        for dtype, group in cases:
             step = meta(n, group_count(k, group), dtype=torch.float32)
-            for dtype in (torch.bfloat16, torch.float16, torch.float32):
-                args = [meta(m, k, dtype=dtype), codes, step, meta(n, dtype=dtype), bits, group]
-                first, *_ = found = launches(cuda.quant_linear, args, arch)
-                made = [compiled(item, arch, tmp_path) for item in found]
-                assert [code.spills for code in made] == [0] * len(made), (m, group, dtype)
-                assert first.name == "quant_linear_tiles"
-                assert made[0].tensor_core > 0
+            args = [meta(m, k, dtype=dtype), codes, step, meta(n, dtype=dtype), bits, group]
+            first, *_ = found = launches(cuda.quant_linear, args, arch)
+            made = [compiled(item, arch, tmp_path) for item in found]
+            assert [code.spills for code in made] == [0] * len(made), (m, group, dtype)
+            assert first.name == "quant_linear_tiles"
+            assert made[0].tensor_core > 0

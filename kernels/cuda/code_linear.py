@@ -1,11 +1,14 @@
 """Triton kernels of products between codes: 1 to 8-bit activations by packed 1 to 8-bit weights.
 
 Both lie on the mid-rise grid, value = (code - 2**(b-1) + 1/2) * step, so that twice a value in
-steps is an odd integer and a product of rows is an integer: sums are exact, in any order.
-`code_linear_tiles` multiplies 8-bit integers on tensor cores. Codes of up to 7 bits are odd
-integers of 8 bits; one of 8 bits is 2a + 1 with a of 8 bits, which leaves the sum over the other
-operand to add. `code_linear_bits` is for one bit by one bit: signs agree where an exclusive or of
-bits is zero, so a product of rows is K - 2 * popcount.
+steps is an odd integer, 2c + o with c of 8 bits: c is the code and o = 1 - 2**b, or, for 8-bit
+codes, c = code - 128 and o = 1. A product of rows is then an integer, exact in any order,
+
+    sum (2a + p) (2w + q) = 4 sum a w + 2 q sum a + 2 p sum w + K p q.
+
+`code_linear_tiles` takes the sums of products and of weights from tensor cores, the latter as
+products with ones. `code_linear_bits` is for one bit by one bit: signs agree where an exclusive or
+of bits is zero, so a product of rows is K - 2 * popcount.
 """
 
 from __future__ import annotations
@@ -28,32 +31,24 @@ takes three instructions a token, where unpacking it for tensor cores takes thre
 
 
 @triton.jit
-def odd(code, bits: tl.constexpr):
-    """Twice a level in steps, as int8: 2 * code - 2**bits + 1; for 8 bits the lower half of it."""
-    return (code - 128 if bits == 8 else 2 * code - (2**bits - 1)).to(tl.int8)
-
-
-@triton.jit
 def _integer_slices(
-    word, part, acc, total, places, k, slot: tl.constexpr, stride: tl.constexpr,
-    bits: tl.constexpr, per: tl.constexpr, summed: tl.constexpr,
+    word, part, acc, total, places, k,
+    slot: tl.constexpr, stride: tl.constexpr, bits: tl.constexpr, per: tl.constexpr,
 ):  # fmt: skip
-    """Add slices slot, slot + stride ... of K; `total` [rows, 16] sums weights, where wanted."""
+    """Add slices slot, slot + stride ... of K; `total` [rows, 16] sums the weights."""
     if stride < per:
-        even, other = evens_and_odds(part)
+        even, odd = evens_and_odds(part)
+        acc, total = _integer_slices(word, even, acc, total, places, k, slot, 2 * stride, bits, per)
         acc, total = _integer_slices(
-            word, even, acc, total, places, k, slot, 2 * stride, bits, per, summed
-        )
-        acc, total = _integer_slices(
-            word, other, acc, total, places, k, slot + stride, 2 * stride, bits, per, summed
+            word, odd, acc, total, places, k, slot + stride, 2 * stride, bits, per
         )
     else:
-        weight = odd((word >> (slot * bits)) & (2**bits - 1), bits)
-        if summed:
-            valid = (places * per + slot < k).to(tl.int8)
-            one = tl.broadcast_to(tl.trans(valid), (part.shape[1], 16))
-            total = tl.dot(weight, one, total, out_dtype=tl.int32)
+        code = (word >> (slot * bits)) & (2**bits - 1)
+        weight = (code - 128 if bits == 8 else code).to(tl.int8)
         acc = tl.dot(weight, tl.trans(part), acc, out_dtype=tl.int32)
+        valid = (places * per + slot < k).to(tl.int8)
+        one = tl.broadcast_to(tl.trans(valid), (part.shape[1], 16))
+        total = tl.dot(weight, one, total, out_dtype=tl.int32)
     return acc, total
 
 
@@ -71,6 +66,7 @@ def code_linear_tiles(
     tokens = (tl.program_id(1) * block_m + tl.arange(0, block_m)).to(tl.int64)
     third = tl.program_id(2)
     block_k: tl.constexpr = words * per
+    zero: tl.constexpr = 128 if act_bits == 8 else 0
     some, lane, column = rows[:, None] < n, tl.arange(0, words), tl.arange(0, block_k)
     acc = tl.zeros((block_n, block_m), tl.int32)
     total = tl.zeros((block_n, 16), tl.int32)
@@ -81,21 +77,15 @@ def code_linear_tiles(
         columns = (tile * block_k + column)[None, :]
         word = load_words(codes, rows[:, None], places, some, row_bytes, width)
         here = (tokens[:, None] < m) & (columns < k)
-        code = tl.load(x + tokens[:, None] * k + columns, here, other=0)
-        part = tl.where(here, odd(code.to(tl.int32), act_bits), 0).to(tl.int8)
-        if bits == 8:
-            x_total += tl.sum(part.to(tl.int32), 1)
-        acc, total = _integer_slices(
-            word, part, acc, total, places, k, 0, 1, bits, per, act_bits == 8
-        )
-    # 2a + 1 and 2w + 1 where the codes have 8 bits; all columns of `total` are the same
-    if bits == 8 and act_bits == 8:
-        count = tl.minimum((first + tiles_each) * block_k, k) - first * block_k
-        acc = 4 * acc + 2 * x_total[None, :] + 2 * tl.max(total, 1)[:, None] + count
-    elif bits == 8:
-        acc = 2 * acc + x_total[None, :]
-    elif act_bits == 8:
-        acc = 2 * acc + tl.max(total, 1)[:, None]
+        code = tl.load(x + tokens[:, None] * k + columns, here, other=zero)
+        part = (code ^ zero).to(tl.int8, bitcast=True)
+        x_total += tl.sum(part.to(tl.int32), 1)
+        acc, total = _integer_slices(word, part, acc, total, places, k, 0, 1, bits, per)
+    p: tl.constexpr = 1 if act_bits == 8 else 1 - 2**act_bits
+    q: tl.constexpr = 1 if bits == 8 else 1 - 2**bits
+    count = tl.minimum((first + tiles_each) * block_k, k) - first * block_k
+    acc = 4 * acc + (2 * q * x_total + p * q * count)[None, :]
+    acc += 2 * p * tl.max(total, 1)[:, None]  # its columns are all the same
     inside = (tokens[:, None] < m) & (rows[None, :] < n)
     out = y + (third * m + tokens[:, None]) * n + rows[None, :]
     found = tl.trans(acc)

@@ -22,10 +22,11 @@ import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, _patch_lang
+from triton.runtime.interpreter import InterpretedFunction, _patch_lang
 from triton.runtime.jit import JITFunction
 
 from resplice.errors import OpError
+from resplice.kernels.cuda.bfloat16 import bfloat16_arithmetic
 
 TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
@@ -255,27 +256,16 @@ def _interpret(function: Any, grid: tuple[int, ...], arguments: dict[str, Any]) 
 def _interpreting() -> Iterator[None]:
     """Patch the language for one launch, so that kernels stay compilable in the same process."""
     scope = _patch_lang(triton.language.standard.zeros.fn)
-    call, dot = JITFunction.__call__, InterpreterBuilder.create_dot
-    JITFunction.__call__, InterpreterBuilder.create_dot = _interpreted_call, _wide_dot
+    call = JITFunction.__call__
+    JITFunction.__call__ = _interpreted_call
     try:
-        yield
+        with bfloat16_arithmetic():
+            yield
     finally:
-        JITFunction.__call__, InterpreterBuilder.create_dot = call, dot
+        JITFunction.__call__ = call
         scope.restore()
 
 
 def _interpreted_call(self: Any, *args: Any, **kwargs: Any) -> Any:
     """What a kernel's call of another `triton.jit` function does in the interpreter."""
     return InterpretedFunction(self.fn).rewrite()(*args, **kwargs)
-
-
-_dot = InterpreterBuilder.create_dot
-
-
-def _wide_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-    """The interpreter multiplies the bits of bfloat16 as integers: widen them first."""
-    a, b = (
-        self.cast_impl(x, triton.language.float32) if x.dtype.scalar.is_bf16() else x
-        for x in (a, b)
-    )
-    return _dot(self, a, b, *rest)

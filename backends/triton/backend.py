@@ -14,13 +14,14 @@ from resplice.backends.triton.artifact import PROGRAM, TritonArtifact
 from resplice.backends.triton.compile import Compiled, compile_variants
 from resplice.backends.triton.lower import exact_bar, lower_program
 from resplice.backends.triton.options import TritonOptions
-from resplice.backends.triton.performance import FORMAT, LABEL, markdown, performance
+from resplice.backends.triton.performance import FORMAT, markdown, performance
 from resplice.backends.triton.record import Site, record
 from resplice.backends.triton.targets import Target, targets
 from resplice.backends.triton.variants import variant_of
 from resplice.cases import fresh_cases
 from resplice.errors import UsageError
 from resplice.program import Program
+from resplice.report.kernels import LABEL
 from resplice.saving import save
 
 Json = dict[str, Any]
@@ -63,7 +64,7 @@ class TritonBackend:
         with staged(path) as stage:
             folder = stage / path.name
             folder.mkdir()
-            entries, reports = _write_kernels(recorded, folder)
+            entries, reports = _write_kernels(lowered, recorded, folder)
             _write_rest(lowered, reports, folder)
             bar = exact_bar(lowered)
             manifest.write(manifest.manifest(lowered, folder, entries, bar, notes), folder)
@@ -88,7 +89,7 @@ def _sites(program: Program, target: Target) -> dict[str, list[Site]]:
 
 
 def _write_kernels(
-    recorded: Mapping[Target, Mapping[str, Sequence[Site]]], folder: Path
+    program: Program, recorded: Mapping[Target, Mapping[str, Sequence[Site]]], folder: Path
 ) -> tuple[Json, Json]:
     """Compile everything, write the files; manifest entries and reports by target."""
     entries, reports = Json(), Json()
@@ -101,7 +102,7 @@ def _write_kernels(
         ]
         compiled: dict[str, Compiled] = compile_variants(variants, target)
         kernels = {title: manifest.kernel_entry(item, folder) for title, item in compiled.items()}
-        entries[target.name] = manifest.target_entry(target, kernels, functions)
+        entries[target.name] = manifest.target_entry(target, kernels, program, functions)
         reports[target.name] = performance(target, compiled, functions)
     return entries, reports
 

@@ -14,6 +14,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from resplice.backends.triton.targets import Target
+from resplice.backends.triton.trial import said
 from resplice.backends.triton.variants import Variant, variant_of
 from resplice.errors import LoweringError, UsageError
 from resplice.kernels.cuda.launch import Launch, shared_limit
@@ -116,7 +117,7 @@ def compile_variant(variant: Variant, target: Target) -> Compiled:
     try:
         made = triton.compile(source, target=GPUTarget(*target.for_triton), options=options)
     except Exception as error:
-        raise LoweringError("triton", [_problem(variant, target, _last_line(error))]) from error
+        raise LoweringError("triton", [_problem(variant, target, said(error))]) from error
     return _checked(variant, target, made)
 
 
@@ -146,8 +147,3 @@ def _problem(variant: Variant, target: Target, what: str) -> str:
         f"{variant.name} for {target.name} ({constants}, {variant.num_warps} warps, "
         f"{variant.num_stages} stages): {what}"
     )
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {(lines or ['no reason given'])[-1][:300]}"

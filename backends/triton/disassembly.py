@@ -38,10 +38,10 @@ _GCN = re.compile(r"^\t([a-z][a-z0-9_]*)\b", re.MULTILINE)
 
 _NVIDIA_KINDS = (
     ("tensor core", re.compile(r"(?:[HIQBDO]G?MMA|UTC\w*MMA)")),
-    ("16-byte global load", re.compile(r"LDG\S*\.128")),
+    ("16-byte global load", re.compile(r"LDG\.(?:\S+\.)?128")),
     ("16-byte asynchronous copy", re.compile(r"LDGSTS\S*\.128")),
     ("bulk copy", re.compile(r"(?:UTMALDG|UBLKCP)")),
-    ("global load", re.compile(r"LDG(?!STS)")),
+    ("global load", re.compile(r"LDG\.")),
     ("asynchronous copy", re.compile(r"LDGSTS")),
     ("global store", re.compile(r"STG")),
     ("shared memory", re.compile(r"(?:LDS|STS|LDSM|STSM)\b")),

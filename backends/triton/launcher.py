@@ -17,9 +17,11 @@ AMD targets: `kernels/gfx*/*.hsaco` load with hipModuleLoadData, parameters in t
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import hashlib
 import json
+import operator
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,6 +39,14 @@ _SCALARS: dict[str, Any] = {
 _TABLES = {
     "i8": "b", "u8": "B", "i16": "h", "i32": "i", "i64": "q", "f32": "f", "f64": "d", "bool": "?",
     "f16": "e",
+}  # fmt: skip
+_OPERATORS: dict[type, Any] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
+}  # fmt: skip
+_FUNCTIONS: dict[str, Any] = {
+    "Max": max, "Min": min, "FloorDiv": operator.floordiv, "CleanDiv": operator.floordiv,
+    "Mod": operator.mod, "PythonMod": operator.mod,
 }  # fmt: skip
 _USUAL_SHARED = 48 * 1024
 """Bytes a block may ask for without an attribute."""
@@ -89,7 +99,12 @@ class Launcher:
         return found
 
     def launch(
-        self, function: str, index: int, tensors: Mapping[str, Any], stream: Any = 0
+        self,
+        function: str,
+        index: int,
+        tensors: Mapping[str, Any],
+        stream: Any = 0,
+        sizes: Mapping[str, int] | None = None,
     ) -> None:
         """Launch one kernel.
 
@@ -98,23 +113,29 @@ class Launcher:
             index: Which of `launches(function)`.
             tensors: Argument name -> device address or tensor, for every tensor that is no table.
             stream: A CUstream, or its handle.
+            sizes: Name -> size, for programs with dynamic sizes; `manifest["functions"]` says
+                which there are and where to read them.
 
         Raises:
             LauncherError: An argument is missing or not aligned, or the driver refuses.
         """
         entry = self.launches(function)[index]
         kernel = self._entry["kernels"][entry["kernel"]]
+        given = sizes or {}
         values = [
-            self._value(function, index, argument, parameter, tensors)
+            evaluate(argument["value"], given)
+            if argument["role"] == "scalar"
+            else self._address(function, index, argument, parameter, tensors)
             for argument, parameter in zip(entry["arguments"], kernel["parameters"], strict=True)
         ]
-        blocks = entry["grid"][0] * entry["grid"][1] * entry["grid"][2]
+        grid = [evaluate(size, given) for size in entry["grid"]]
+        blocks = grid[0] * grid[1] * grid[2]
         if blocks == 0:
             return
         scratch = [self._scratch(item, blocks, stream) for item in kernel["scratch"]]
         parameters = pack(kernel["parameters"], values, scratch)
         self._call(
-            "cuLaunchKernel", self._function(entry["kernel"]), *entry["grid"], *kernel["block"],
+            "cuLaunchKernel", self._function(entry["kernel"]), *grid, *kernel["block"],
             kernel["shared"], stream, parameters.address, 0,
         )  # fmt: skip
         for address in filter(None, scratch):
@@ -141,12 +162,10 @@ class Launcher:
             self._functions[title] = module, found
         return self._functions[title][1]
 
-    def _value(
+    def _address(
         self, function: str, index: int, argument: Json, parameter: Json, tensors: Mapping[str, Any]
-    ) -> Any:
+    ) -> int:
         name = argument["name"]
-        if argument["role"] == "scalar":
-            return argument["value"]
         if argument["role"] == "table" and name not in tensors:
             return self._table((function, index, name), argument)
         if name not in tensors:
@@ -252,6 +271,39 @@ def _cell(name: str, kind: str, value: Any) -> Any:
     if cell.value != value:
         raise LauncherError(f"{name} is {value}, which does not fit {kind}")
     return cell
+
+
+def evaluate(text: int | float | str, sizes: Mapping[str, int]) -> Any:
+    """The value of a number, or of an expression of sizes such as "-((-batch*seq)//64)".
+
+    Raises:
+        LauncherError: A size is missing, or the text is no such expression.
+    """
+    if not isinstance(text, str):
+        return text
+    try:
+        return _evaluated(ast.parse(text, mode="eval").body, sizes)
+    except (SyntaxError, ZeroDivisionError) as error:
+        raise LauncherError(f"{text!r}: {error}") from error
+
+
+def _evaluated(node: ast.expr, sizes: Mapping[str, int]) -> int:
+    match node:
+        case ast.Constant(value=int(value)):
+            return value
+        case ast.Name(id=name):
+            if name not in sizes:
+                raise LauncherError(f"size {name} is not given")
+            return int(sizes[name])
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_evaluated(operand, sizes)
+        case ast.BinOp(left=left, op=sign, right=right) if type(sign) in _OPERATORS:
+            function = _OPERATORS[type(sign)]
+        case ast.Call(func=ast.Name(id=name), args=[left, right]) if name in _FUNCTIONS:
+            function = _FUNCTIONS[name]
+        case _:
+            raise LauncherError(f"{ast.unparse(node)} is no arithmetic that is known")
+    return int(function(_evaluated(left, sizes), _evaluated(right, sizes)))
 
 
 def address_of(tensor: Any) -> int:

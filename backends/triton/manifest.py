@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from resplice.backends.triton.compile import Compiled
 from resplice.backends.triton.record import Site
+from resplice.backends.triton.sizes import places_of_sizes, plain_size
 from resplice.backends.triton.targets import Target
 from resplice.backends.triton.variants import variant_of
 from resplice.errors import VerifyError
@@ -51,17 +52,17 @@ def kernel_entry(compiled: Compiled, folder: Path) -> Json:
     }
 
 
-def site_entries(sites: Sequence[Site]) -> list[Json]:
+def site_entries(program: Program, sites: Sequence[Site]) -> list[Json]:
     """Every launch of a function, in order."""
     return [
         {
             "node": site.node.name,
             "op": site.op,
-            "origin": origin(site.node),
+            "origin": str(origin(site.node)),
             "kernel": variant_of(launch).title,
-            "grid": list(launch.grid),
+            "grid": _plain_all(launch.grid, program),
             "arguments": [
-                {"name": name, **_argument(site, launch.arguments[name])}
+                {"name": name, **_argument(program, site, launch.arguments[name])}
                 for name, _ in variant_of(launch).parameters
             ],
         }
@@ -70,12 +71,15 @@ def site_entries(sites: Sequence[Site]) -> list[Json]:
     ]
 
 
-def target_entry(target: Target, kernels: Json, functions: Mapping[str, Sequence[Site]]) -> Json:
+def target_entry(
+    target: Target, kernels: Json, program: Program, functions: Mapping[str, Sequence[Site]]
+) -> Json:
     """All of one target."""
+    programs = dict(program.all_functions())
     return {
         "warp": target.warp,
         "kernels": kernels,
-        "functions": {name: site_entries(sites) for name, sites in functions.items()},
+        "functions": {n: site_entries(programs[n], sites) for n, sites in functions.items()},
     }
 
 
@@ -91,6 +95,7 @@ def manifest(program: Program, folder: Path, targets: Json, bar: float, notes: J
             name: {
                 "inputs": [_port(port) for port in function.inputs],
                 "outputs": [_port(port) for port in function.outputs],
+                "sizes": places_of_sizes(function),
             }
             for name, function in program.all_functions()
         },
@@ -167,15 +172,19 @@ def _differs(folder: Path, path: str, digest: str) -> bool:
     return not (inside and file.is_file() and sha256(file) == digest)
 
 
-def _argument(site: Site, value: Any) -> Json:
+def _argument(program: Program, site: Site, value: Any) -> Json:
     if not isinstance(value, Tensor):
-        return {"role": "scalar", "value": value}
+        return {"role": "scalar", "value": plain_size(value, program)}
     return {
         **site.role(value),
         "dtype": dtype_text(value.dtype),
-        "shape": list(value.shape),
-        "strides": list(value.stride()),
+        "shape": _plain_all(value.shape, program),
+        "strides": _plain_all(value.stride(), program),
     }
+
+
+def _plain_all(sizes: Iterable[Any], program: Program) -> list[int | float | str]:
+    return [plain_size(size, program) for size in sizes]
 
 
 def _port(port: Any) -> Json:

@@ -20,10 +20,10 @@ from resplice.backends.triton.targets import Target
 from resplice.backends.triton.variants import variant_of
 from resplice.cost import Cost, node_cost
 from resplice.errors import LoweringError
+from resplice.report.kernels import LABEL, Table, kernel_table, site_table
 
 Json = dict[str, Any]
 FORMAT = "resplice-triton-performance/1"
-LABEL = "computed from the compiled code and published limits, not measured"
 
 
 def performance(
@@ -91,8 +91,8 @@ def markdown(report: Json) -> str:
     lines = ["# Static performance report", "", f"All figures are {LABEL}.", ""]
     for name, target in report["targets"].items():
         lines += [f"## {name}" + (f" ({target['product']})" if target["product"] else ""), ""]
-        lines += _table(_kernel_cells(target["kernels"]))
-        lines += _table(_site_cells(target["sites"]))
+        lines += _table(kernel_table(target["kernels"]))
+        lines += _table(site_table(target["sites"]))
     return "\n".join(lines)
 
 
@@ -143,40 +143,7 @@ def _kind(kernels: Sequence[Json]) -> Kind:
     return "tf32" if any(text in names for text in ("TF32", "xf32", "_f32_f32")) else "half"
 
 
-def _kernel_cells(kernels: Json) -> list[tuple[str, ...]]:
-    header = ("kernel", "threads", "registers", "spilled", "shared memory", "occupancy",
-              "tensor core", "16-byte loads", "local memory")  # fmt: skip
-    return [header, *(_kernel_row(title, found) for title, found in kernels.items())]
-
-
-def _kernel_row(title: str, found: Json) -> tuple[str, ...]:
-    mix, held = found["instructions"], found["occupancy"]
-    wide = sum(mix.get(f"16-byte {kind}", 0) for kind in ("global load", "asynchronous copy"))
-    return (
-        title, str(found["threads"]), str(found["registers"]), str(found["spilled"]),
-        f"{found['shared']} B",
-        f"{100 * held['share']:.0f} % ({', '.join(held['limits'])})" if held else "limits unknown",
-        ", ".join(f"{count} {name}" for name, count in found["matrix_instructions"].items())
-        or "none",
-        str(wide), str(mix.get("local memory", 0)),
-    )  # fmt: skip
-
-
-def _site_cells(sites: Sequence[Json]) -> list[tuple[str, ...]]:
-    header = ("op", "sites", "GFLOP", "MB", "FLOP/byte", "at best", "bound by")
-    return [header, *(
-        (
-            f"{row['function']}: {row['op']} ({row['node']})", str(row["count"]),
-            f"{row['flops'] / 1e9:.4g}", f"{row['bytes'] / 1e6:.4g}",
-            f"{row['intensity'] or 0:.1f}",
-            f"{1e6 * row['seconds_at_best']:.3g} us" if "seconds_at_best" in row else "unknown",
-            f"{row['bound_by']} ({row['peak']})" if "bound_by" in row else "unknown",
-        )
-        for row in sites
-    )]  # fmt: skip
-
-
-def _table(cells: list[tuple[str, ...]]) -> list[str]:
+def _table(cells: Table) -> list[str]:
     header, *rows = cells
     lines = [header, ("---",) * len(header), *rows]
     return [*(f"| {' | '.join(line)} |" for line in lines), ""] if rows else []

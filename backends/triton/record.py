@@ -11,6 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from resplice.backends.triton.hosts import host_of
+from resplice.backends.triton.sizes import guards_of
 from resplice.backends.triton.targets import Target
 from resplice.errors import LoweringError
 from resplice.kernels.cuda.launch import Launch, recording, targeting
@@ -42,7 +43,7 @@ class Site:
         exact = self.roles.get(_key(tensor)) or self.roles.get(_key(tensor)[0])
         if exact is not None:
             return exact
-        content = getattr(tensor, "constant", None)
+        content = tensor if type(tensor) is Tensor else getattr(tensor, "constant", None)
         if content is None:
             return {"role": "temporary"}
         return {"role": "table", "values": content.flatten().tolist()}
@@ -73,25 +74,21 @@ def _site(program: Program, node: fx.Node, target: Target) -> Site:
     assert host is not None
     assert op is not None
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    _refuse_dynamic(node, args, kwargs)
     try:
-        with targeting(target.name), program.fake_mode, torch.no_grad(), recording() as launches:
+        with (
+            guards_of(program) as guards, targeting(target.name), program.fake_mode,
+            torch.no_grad(), recording() as launches,
+        ):  # fmt: skip
             result = host(*args, **kwargs)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise LoweringError(
             "triton", [f"{op.name} on {target.name}: {reason[0]} ({where(node)})"]
         ) from error
+    if guards:
+        asked = "; ".join(dict.fromkeys(guards))
+        raise LoweringError("triton", [f"{op.name}: its launches rely on {asked} ({where(node)})"])
     return Site(node, op.name, tuple(launches), dict(_roles(node, result)))
-
-
-def _refuse_dynamic(node: fx.Node, args: Any, kwargs: Any) -> None:
-    for value in pytree.tree_leaves((args, kwargs)):
-        sizes = value.shape if isinstance(value, Tensor) else [value]
-        dynamic = [str(size) for size in sizes if isinstance(size, torch.SymInt)]
-        if dynamic:
-            what = f"a size is {dynamic[0]}: grid and configuration follow from sizes"
-            raise LoweringError("triton", [f"{what} ({where(node)})"])
 
 
 def _roles(node: fx.Node, result: Any) -> Iterator[tuple[Any, Json]]:
@@ -111,7 +108,7 @@ def _input(node: fx.Node) -> Json:
     return {"role": "input", "value": node.name, **weight}
 
 
-def _key(tensor: Tensor) -> tuple[int, int, tuple[Any, ...], tuple[Any, ...]]:
+def _key(tensor: Tensor) -> tuple[int, str, str, str]:
     """Storage, offset, shape and strides; the storage comes first."""
     storage = tensor.untyped_storage()._cdata
-    return storage, int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride())
+    return storage, str(tensor.storage_offset()), str(tensor.shape), str(tensor.stride())

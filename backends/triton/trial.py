@@ -9,6 +9,7 @@ or "".
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import triton
@@ -36,9 +37,16 @@ def reason(text: str) -> str:
     try:
         compiled = triton.compile(source, target=target, options={"num_warps": 4})
     except Exception as error:
-        lines = [line for line in str(error).strip().splitlines() if line.strip()]
-        return f"{type(error).__name__}: {(lines or ['no reason given'])[-1].strip()[:300]}"
+        return said(error)
     return "" if binary in compiled.asm else f"Triton makes no {binary} for it"
+
+
+def said(error: Exception) -> str:
+    """The line of a compiler's message that says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if re.search(r"\b(?:error|fatal)\b", line, re.IGNORECASE)]
+    chosen = [*(line for line in telling if len(line) > 40), *reversed(lines), "no reason given"]
+    return f"{type(error).__name__}: {chosen[0][:300]}"
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from triton.runtime.interpreter import InterpretedFunction, _patch_lang
 from triton.runtime.jit import JITFunction
 
@@ -126,7 +127,7 @@ class Launch:
     Attributes:
         name: Of the kernel ("tile_attention_forward").
         function: The kernel.
-        grid: Blocks in x, y and z.
+        grid: Blocks in x, y and z; of dynamic sizes where the program has them.
         arguments: Runtime arguments by name, in the kernel's order: tensors (fake or meta ones
             too), integers and floats.
         constants: Compile-time arguments, and runtime ones that are None.
@@ -217,7 +218,7 @@ def name_of(function: Any) -> str:
 def _described(
     function: Any, grid: tuple[int, ...], warps: int, stages: int, arguments: dict[str, Any]
 ) -> Launch:
-    x, y, z = (*(int(size) for size in grid), 1, 1)[:3]
+    x, y, z = (*map(_counted, grid), 1, 1)[:3]
     fixed = _constant_names(function)
     constants = {n: a for n, a in arguments.items() if n in fixed or a is None}
     ordered = {n: arguments[n] for n in function.arg_names if n not in constants}
@@ -234,13 +235,21 @@ def _type(value: Any) -> str:
         return f"*{TYPES[value.dtype]}"
     if isinstance(value, float):
         return "fp32"
+    if isinstance(value, torch.SymInt):
+        return "i32"  # launchers refuse a value that does not fit
     return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _counted(size: Any) -> Any:
+    """Blocks along an axis; dynamic sizes stay symbolic."""
+    return size if isinstance(size, torch.SymInt) else int(size)
 
 
 def _divisible(value: Any) -> bool:
     if isinstance(value, Tensor):
-        return int(value.storage_offset()) * value.element_size() % 16 == 0
-    return isinstance(value, int) and value % 16 == 0
+        return statically_known_true(value.storage_offset() * value.element_size() % 16 == 0)
+    integer = isinstance(value, int | torch.SymInt)
+    return integer and statically_known_true(value % 16 == 0)
 
 
 # ---- the interpreter ---------------------------------------------------------------------

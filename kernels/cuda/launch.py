@@ -15,12 +15,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from triton.runtime.interpreter import InterpretedFunction, _patch_lang
@@ -210,6 +211,25 @@ def launch(
         raise OpError(name_of(function), "x", f"is on {device}: Triton runs on CUDA and ROCm")
 
 
+def constant(numbers: Sequence[int], like: Tensor) -> Tensor:
+    """Known numbers as an int32 argument of a kernel, on the device of `like`.
+
+    Under `recording()` it stays a real tensor on the CPU: a tensor with data among the arguments of
+    a `Launch` is a constant, to be kept with the kernel.
+    """
+    if _recorded.get() is not None:
+        with unset_fake_temporarily():
+            return torch.tensor(numbers, dtype=torch.int32)
+    if isinstance(like, FakeTensor | FunctionalTensor) or torch.compiler.is_compiling():
+        return torch.tensor(numbers, dtype=torch.int32).to(like.device)
+    return _kept(tuple(numbers), like.device)
+
+
+@lru_cache(maxsize=256)
+def _kept(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32, device=device)
+
+
 def name_of(function: Any) -> str:
     """The kernel's name."""
     return str(function.fn.__name__)
@@ -277,4 +297,9 @@ def _interpreting() -> Iterator[None]:
 
 def _interpreted_call(self: Any, *args: Any, **kwargs: Any) -> Any:
     """What a kernel's call of another `triton.jit` function does in the interpreter."""
-    return InterpretedFunction(self.fn).rewrite()(*args, **kwargs)
+    return _rewritten(self.fn)(*args, **kwargs)
+
+
+@cache
+def _rewritten(function: Any) -> Any:
+    return InterpretedFunction(function).rewrite()

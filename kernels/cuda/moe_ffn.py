@@ -38,7 +38,7 @@ def _rows(slots, loads, tokens, experts, active, padded: tl.constexpr, block_m: 
     else:
         expert, first, load = block_of(loads, tile, experts, padded, block_m)
         place = first * block_m + lane
-        here = (place < load) & (expert < experts)
+        here = place < load
         slot = tl.load(slots + expert.to(tl.int64) * tokens + place, here, other=0).to(tl.int64)
         token = slot // active
     return expert.to(tl.int64), slot, token, here
@@ -71,7 +71,9 @@ def moe_in(
     if bias is not None:
         z += tl.load(bias + expert * double + column, some, other=0.0).to(tl.float32)[None, :]
         if gated:
-            up += tl.load(bias + expert * double + m + column, some, other=0.0).to(tl.float32)[None, :]
+            up += tl.load(bias + expert * double + m + column, some, other=0.0).to(tl.float32)[
+                None, :
+            ]
     neurons = activated(z, activation)
     if gated:
         neurons *= up
@@ -118,7 +120,9 @@ def moe_sum(parts, bias, y, size, n, count, block: tl.constexpr):
     token, column = at // n, at % n
     acc = tl.zeros((block,), tl.float32)
     for part in range(count):
-        acc += tl.load(parts + (token * count + part) * n + column, at < size, other=0.0).to(tl.float32)
+        acc += tl.load(parts + (token * count + part) * n + column, at < size, other=0.0).to(
+            tl.float32
+        )
     if bias is not None:
         acc += tl.load(bias + column, at < size, other=0.0).to(tl.float32)
     tl.store(y + at, acc.to(y.dtype.element_ty), at < size)

@@ -27,7 +27,9 @@ def _projected(
     for base in range(0, d, block_k):
         k = base + lane
         x = tl.load(tokens + part * d + k[None, :], inside & (k[None, :] < d), other=0.0)
-        w = tl.load(router + rows[:, None] * d + k[None, :], valid[:, None] & (k[None, :] < d), other=0.0)
+        w = tl.load(
+            router + rows[:, None] * d + k[None, :], valid[:, None] & (k[None, :] < d), other=0.0
+        )
         acc = tl.dot(x.to(w.dtype), tl.trans(w), acc, input_precision=precision)
     if bias is not None:
         acc += tl.load(bias + rows, valid, other=0.0).to(tl.float32)[None, :]
@@ -90,7 +92,9 @@ def moe_route(
         powers = tl.exp(known - tl.max(known, 1)[:, None])
         p = powers / tl.sum(powers, 1)[:, None]
         if balance is not None:
-            wanted = p + tl.load(balance + number, number < experts, other=0.0).to(tl.float32)[None, :]
+            wanted = (
+                p + tl.load(balance + number, number < experts, other=0.0).to(tl.float32)[None, :]
+            )
     chosen = _largest(wanted, scores, number, experts, active).to(tl.int32)
     rank = tl.cumsum(chosen, 1) - chosen
     spot = choice + number[None, :].to(tl.int64) * tokens + part

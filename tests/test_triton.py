@@ -1,4 +1,4 @@
-"""The Triton backend: folders of kernels that run, are described truly, and are never half there."""
+"""The Triton backend: folders of kernels that run, described truly, and never half there."""
 
 from __future__ import annotations
 
@@ -119,7 +119,9 @@ def test_the_report_is_computed_for_every_kernel_and_site(folder: Artifact) -> N
     assert all(name in text for name in report["targets"])
 
 
-def test_the_report_of_a_run_shows_it(small: resplice.Optimized, folder: Artifact, tmp_path: Path) -> None:
+def test_the_report_of_a_run_shows_it(
+    small: resplice.Optimized, folder: Artifact, tmp_path: Path
+) -> None:
     page = small.report.save(tmp_path).read_text()
     assert "computed from the compiled code and published limits, not measured" in page
     assert "quant_linear" in page
@@ -239,7 +241,9 @@ def test_a_program_without_kernels_is_an_artefact_too(program: Program, tmp_path
     artifact = TritonBackend().lower(program, tmp_path / "plain", ONE)
     assert artifact.manifest["targets"]["sm_90"]["functions"] == {"main": []}
     x = torch.randn(6, 32)
-    torch.testing.assert_close(artifact.run({"x": x})["output"], program.run_fresh({"x": x})["output"])
+    torch.testing.assert_close(
+        artifact.run({"x": x})["output"], program.run_fresh({"x": x})["output"]
+    )
 
 
 def test_dynamic_rows_give_a_grid_in_terms_of_sizes(mlp: nn.Module, tmp_path: Path) -> None:
@@ -344,7 +348,11 @@ def test_without_triton_the_extra_is_named(
             raise ModuleNotFoundError("No module named 'triton'", name="triton")
         return real(name, *args, **kwargs)
 
-    for name in [n for n in sys.modules if n.startswith(("resplice.backends.triton", "resplice.kernels.cuda"))]:
+    for name in [
+        n
+        for n in sys.modules
+        if n.startswith(("resplice.backends.triton", "resplice.kernels.cuda"))
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(BackendMissing, match=r"pip install 'resplice\[triton\]'"):

@@ -141,14 +141,14 @@ def test_the_roofline_takes_the_slower_of_the_two_rates() -> None:
 
 
 _SASS = """
-        /*0000*/                   LDC R1, c[0x0][0x28] ;                 /* 0x00000a00ff017b82 */
-                                                                          /* 0x000fe20000000800 */
-        /*0010*/              @!P0 LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;   /* 0x0000000402 */
-        /*0020*/              @UP1 LDGSTS.E.BYPASS.128 [R9], desc[UR4][R4.64] ; /* 0x0000000402 */
-        /*0030*/                   LDG.E R4, desc[UR4][R2.64] ;           /* 0x0000000402047981 */
-        /*0040*/                   STL.64 [R1+0x8], R2 ;                  /* 0x0000000201007387 */
-        /*0050*/                   IMMA.16832.S8.S8 R4, R8.ROW, R6.COL, R4 ;  /* 0x0000000608047237 */
-        /*0060*/                   NOP;                                   /* 0x0000000000007918 */
+        /*0000*/                   LDC R1, c[0x0][0x28] ;     /* 0x00000a00ff017b82 */
+                                                          /* 0x000fe20000000800 */
+        /*0010*/              @!P0 LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0020*/              @UP1 LDGSTS.E.BYPASS.128 [R9], desc[UR4][R4.64] ;
+        /*0030*/                   LDG.E R4, desc[UR4][R2.64] ;
+        /*0040*/                   STL.64 [R1+0x8], R2 ;
+        /*0050*/                   IMMA.16832.S8.S8 R4, R8.ROW, R6.COL, R4 ;
+        /*0060*/                   NOP;
 """
 
 

@@ -1,4 +1,4 @@
-"""The launcher that goes into an artefact, against a driver that only writes down what it is told."""
+"""The launcher of an artefact, against a driver that only writes down what it is told."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _manifest(**changes: Any) -> dict[str, Any]:
         "pipeline": "", "bar": 1e-4, "lowering": {},
         "functions": {"main": {"inputs": [port], "outputs": [port], "sizes": {}}},
         "targets": {"sm_90": target},
-        "files": {name: digest for name in ("program.pt2", "launcher.py", "performance.json")},
+        "files": dict.fromkeys(("program.pt2", "launcher.py", "performance.json"), digest),
         **changes,
     }  # fmt: skip
 
@@ -201,7 +201,9 @@ def test_dynamic_sizes_are_worked_out_at_the_launch(tmp_path: Path) -> None:
     assert len(driver.named("cuLaunchKernel")) == calls  # nothing to do is not launched
 
 
-@pytest.mark.parametrize("text", ["__import__('os')", "a.b", "f(a, a)", "a if a else 1", "1.5", "a/2"])
+@pytest.mark.parametrize(
+    "text", ["__import__('os')", "a.b", "f(a, a)", "a if a else 1", "1.5", "a/2"]
+)
 def test_only_arithmetic_of_sizes_is_evaluated(text: str) -> None:
     with pytest.raises(LauncherError):
         evaluate(text, {"a": 1})
@@ -241,7 +243,9 @@ def test_the_target_follows_from_the_gpu(tmp_path: Path) -> None:
     assert Launcher(folder, driver=FakeDriver((9, 0))).target == "sm_90"
     assert Launcher(folder, driver=FakeDriver((8, 9))).target == "sm_80"
     for capability in ((10, 0), (9, 1), (7, 5)):
-        with pytest.raises(LauncherError, match="no kernels for sm_.*; the folder has sm_90, sm_80"):
+        with pytest.raises(
+            LauncherError, match="no kernels for sm_.*; the folder has sm_90, sm_80"
+        ):
             Launcher(folder, driver=FakeDriver(capability))
     with pytest.raises(LauncherError, match="no kernels for sm_70"):
         Launcher(folder, target="sm_70", driver=FakeDriver())

@@ -34,9 +34,9 @@ BACKENDS = {
 }
 EXTRAS = {
     "onnx": "onnx", "onnxruntime": "onnx", "onnxscript": "onnx", "onnx_ir": "onnx",
-    "ml_dtypes": "onnx", "coremltools": "coreml", "triton": "triton", "jsonschema": "triton", "transformers": "models",
-    "diffusers": "models", "gguf": "models", "accelerate": "models", "jinja2": "report",
-    "matplotlib": "report",
+    "ml_dtypes": "onnx", "coremltools": "coreml", "triton": "triton", "jsonschema": "triton",
+    "transformers": "models", "diffusers": "models", "gguf": "models", "accelerate": "models",
+    "jinja2": "report", "matplotlib": "report",
 }  # fmt: skip
 
 

@@ -100,9 +100,7 @@ def compile_variant(variant: Variant, target: Target) -> Compiled:
         UsageError: Kernels are interpreted in this process.
     """
     if not isinstance(variant.function, JITFunction):
-        raise UsageError(
-            "TRITON_INTERPRET is set, so this process can't compile", hint="unset it"
-        )
+        raise UsageError("TRITON_INTERPRET is set, so this process can't compile", hint="unset it")
     source = ASTSource(
         fn=variant.function,
         signature=dict(variant.signature),

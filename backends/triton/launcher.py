@@ -243,9 +243,7 @@ class Packed:
         return ctypes.addressof(self.array)
 
 
-def pack(
-    parameters: Sequence[Json], values: Sequence[Any], scratch: Sequence[int] = ()
-) -> Packed:
+def pack(parameters: Sequence[Json], values: Sequence[Any], scratch: Sequence[int] = ()) -> Packed:
     """Put values into memory as the kernel reads them.
 
     Args:
@@ -256,7 +254,9 @@ def pack(
     Raises:
         LauncherError: A type is not known, or a value does not fit its type.
     """
-    cells = [_cell(item["name"], item["type"], v) for item, v in zip(parameters, values, strict=True)]
+    cells = [
+        _cell(item["name"], item["type"], v) for item, v in zip(parameters, values, strict=True)
+    ]
     return Packed([*cells, *(ctypes.c_uint64(address) for address in scratch)])
 
 
@@ -273,7 +273,7 @@ def _cell(name: str, kind: str, value: Any) -> Any:
     return cell
 
 
-def evaluate(text: int | float | str, sizes: Mapping[str, int]) -> Any:
+def evaluate(text: float | str, sizes: Mapping[str, int]) -> Any:
     """The value of a number, or of an expression of sizes such as "-((-batch*seq)//64)".
 
     Raises:

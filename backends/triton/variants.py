@@ -77,7 +77,9 @@ def variant_of(launch: Launch) -> Variant:
         tuple((name, signature[name]) for name in order),
         tuple((name, constants[name]) for name in order if name in constants),
         tuple(
-            sorted(place for (place,) in launch.attributes if signature[order[place]] != "constexpr")
+            sorted(
+                place for (place,) in launch.attributes if signature[order[place]] != "constexpr"
+            )
         ),
         launch.num_warps,
         launch.num_stages,

@@ -6,18 +6,18 @@
 
 Every way of a row is compared with a float32 reference before anything is timed; one that is past
 its bar is printed as wrong, is not timed, and makes the exit code 1. Times are medians of
-`triton.testing.do_bench`, all of a row in one process; "x" is the baseline's time over that of the way,
-as the papers print it.
+`triton.testing.do_bench`, all of a row in one process; "x" is the baseline's time over that of the
+way, as the papers print it.
 
-    sta      tile attention against dense attention (torch's flash attention) and FlexAttention with the
-             same mask, its tokens put in tile order before the clock starts; "ideal" is the pairs of
-             dense attention over those of the window
+    sta      tile attention against dense attention (torch's flash attention) and FlexAttention
+             with the same mask, its tokens put in tile order before the clock starts; "ideal" is
+             the pairs of dense attention over those of the window
     quest    packed weights against cuBLAS (F.linear) and, where it is installed, torchao's int4
     moe      carved feed-forward layers against the dense ones; "ideal" is their share of neurons
     rope     rotary application against the eager formula
 
-Shapes: HunyuanVideo 117x768x1280 and Wan 2.1 69x768x1280 as in arXiv 2502.04507; layers as in the speed
-tables of arXiv 2502.05003. With --interpret nothing is timed: the CPU says nothing about a GPU.
+Shapes: HunyuanVideo 117x768x1280 and Wan 2.1 69x768x1280 as in arXiv 2502.04507; layers as in the
+speed tables of arXiv 2502.05003. With --interpret nothing is timed: a CPU says nothing about a GPU.
 """
 
 from __future__ import annotations
@@ -273,7 +273,7 @@ def _layer(
 
 
 def _torchao(weight: Tensor, x: Tensor) -> dict[str, Way]:
-    """torchao's int4 weights in groups of 128, where it is installed and takes this dtype."""
+    """Torchao's int4 weights in groups of 128, where it is installed and takes this dtype."""
     try:
         from torchao.quantization import Int4WeightOnlyConfig, quantize_
     except ImportError:
@@ -294,7 +294,7 @@ def _torchao(weight: Tensor, x: Tensor) -> dict[str, Way]:
 
 
 def moe(setting: Setting) -> Iterator[Row]:
-    """A SwiGLU layer of d 4096 and 11008 neurons carved into experts, S shared and A of R active."""
+    """A SwiGLU layer of d 4096 and 11008 neurons, carved: S shared, A of the others active."""
     width, neurons = (32, 64) if setting.tiny else (4096, 11008)
     for experts, shared, active in ((8, 2, 2), (8, 3, 3), (16, 4, 4)):
         each = neurons // experts
@@ -307,9 +307,7 @@ def moe(setting: Setting) -> Iterator[Row]:
 
 
 def _experts(setting: Setting, arguments: tuple[Any, ...], experts: int, used: int) -> Row:
-    given = [
-        a.to(setting.device, setting.dtype) if isinstance(a, Tensor) else a for a in arguments
-    ]
+    given = [a.to(setting.device, setting.dtype) if isinstance(a, Tensor) else a for a in arguments]
     wide = [a.float() if isinstance(a, Tensor) else a for a in given]
     ours, x = setting.ours(moe_ffn), given[0]
     width, neurons = x.shape[-1], experts * given[6].shape[-1]
@@ -329,19 +327,22 @@ def _experts(setting: Setting, arguments: tuple[Any, ...], experts: int, used: i
 
 def rope(setting: Setting) -> Iterator[Row]:
     """Rotary application on q of a video transformer and of a language model."""
-    for heads, tokens, width in [(2, 24, 16)] if setting.tiny else [(24, 57_600, 128), (32, 4096, 128)]:
-        x = setting.drawn(1, heads, tokens, width)
-        positions = torch.arange(tokens, device=setting.device).expand(3, 1, tokens).contiguous()
-        positions = positions // torch.tensor([16, 4, 1], device=setting.device)[:, None, None]
-        frequencies = 1e4 ** (-torch.arange(0, width, 2, device=setting.device) / width)
-        table = [i % 3 for i in range(width // 2)]
-        call = (positions, frequencies, table)
-        ours = setting.ours(rope3d)
-        yield Row(
-            f"{heads} heads, {tokens} tokens, {width} channels", rope3d.reference(x.float(), *call),
-            EXACT_BARS[setting.dtype], {"ours": Way(lambda: ours(x, *call))},
-            ("eager", lambda: rope3d.reference(x, *call)),
-        )  # fmt: skip
+    sizes = [(2, 24, 16)] if setting.tiny else [(24, 57_600, 128), (32, 4096, 128)]
+    yield from (_rotation(setting, *size) for size in sizes)
+
+
+def _rotation(setting: Setting, heads: int, tokens: int, width: int) -> Row:
+    device, ours = setting.device, setting.ours(rope3d)
+    x = setting.drawn(1, heads, tokens, width)
+    places = torch.arange(tokens, device=device)
+    positions = torch.stack([places // 16, places // 4 % 4, places % 4])[:, None]
+    frequencies = 1e4 ** (-torch.arange(0, width, 2, device=device) / width)
+    call = (positions, frequencies, [i % 3 for i in range(width // 2)])
+    return Row(
+        f"{heads} heads, {tokens} tokens, {width} channels", rope3d.reference(x.float(), *call),
+        EXACT_BARS[setting.dtype], {"ours": Way(lambda: ours(x, *call))},
+        ("eager", lambda: rope3d.reference(x, *call)),
+    )  # fmt: skip
 
 
 SUBJECTS: dict[str, Callable[[Setting], Iterator[Row]]] = {

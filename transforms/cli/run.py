@@ -17,7 +17,9 @@ from resplice.registry import load
 
 
 def run(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="an .mlpackage, .onnx file or folder")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="an .mlpackage, .onnx file or folder")
+    ],
     inputs: Annotated[
         list[Path],
         typer.Option(help=".npz with named inputs; given several times: consecutive calls"),

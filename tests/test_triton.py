@@ -246,6 +246,25 @@ def test_a_program_without_kernels_is_an_artefact_too(program: Program, tmp_path
     )
 
 
+def test_ops_without_a_kernel_become_plain_operators(
+    mlp: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from resplice.backends.triton import hosts
+
+    monkeypatch.setattr(hosts, "host_functions", dict)
+    x = torch.randn(6, 32)
+    small = resplice.optimize(mlp, "quest{weight-bits=2 hadamard=off}", example_inputs=(x,))
+    artifact = small.to_triton(tmp_path / "plain", arch="sm_90")
+    assert artifact.notes["main"]["ops"] == {"quant_linear: reference": 7}
+    namespaces = {
+        node.target.namespace
+        for node in artifact.program.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
+    }
+    assert namespaces == {"aten"}
+    assert difference(small(x), artifact.run({"x": x})["output"]).relative < 1e-4
+
+
 def test_dynamic_rows_give_a_grid_in_terms_of_sizes(mlp: nn.Module, tmp_path: Path) -> None:
     small = resplice.optimize(
         mlp, "quest{weight-bits=2 hadamard=off}", example_inputs=(torch.randn(96, 32),),

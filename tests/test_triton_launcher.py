@@ -39,6 +39,9 @@ class FakeDriver:
         self._next = 4096
 
     def __getattr__(self, name: str) -> Any:
+        if not name.startswith("cu"):
+            raise AttributeError(name)
+
         def call(*arguments: Any) -> tuple[Any, ...]:
             self.calls.append((name, *arguments))
             if name == self.broken:

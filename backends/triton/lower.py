@@ -11,6 +11,7 @@ import torch
 from resplice import weights
 from resplice.backends.triton.hosts import host_of
 from resplice.compare import EXACT_BARS
+from resplice.errors import LoweringError
 from resplice.exported import decompose, lift, unlift
 from resplice.ops import Op, find_op
 from resplice.program import Program
@@ -56,12 +57,21 @@ def _lower(program: Program, title: str) -> tuple[Program, dict[str, Any]]:
 
 
 def _decomposed(draft: Program, ops: dict[str, Op], title: str) -> Program:
-    """Replace the ops by their references; constants made there get names of their own."""
+    """Replace the ops by their references; constants made there get names of their own.
+
+    Raises:
+        LoweringError: torch can't trace a reference.
+    """
 
     def named(name: str) -> str:
         return name if weights.has(draft.module, name) else f"{title or 'main'}_{name}"
 
     references = {op.overload: op.reference for op in ops.values()}
-    exported = decompose(lift(draft), references)
+    try:
+        exported = decompose(lift(draft), references)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        problem = f"{', '.join(ops)}: no kernel, and the reference can't be inlined: {reason}"
+        raise LoweringError("triton", [problem]) from error
     names = tuple(node.name for node in draft.placeholders)
     return replace(draft, module=unlift(exported, names, named))

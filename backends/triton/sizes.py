@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import sympy
 import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -42,7 +43,8 @@ def guards_of(program: Program) -> Iterator[list[str]]:
 def named(value: Any, program: Program) -> str:
     """An expression in the names of the dimensions; symbols that are none keep their own."""
     names = size_names(program)
-    return str(value.subs({s: names.get(str(s), str(s)) for s in value.free_symbols}))
+    symbols = {s: sympy.Symbol(names.get(str(s), str(s))) for s in value.free_symbols}
+    return str(value.xreplace(symbols))
 
 
 def size_names(program: Program) -> dict[str, str]:

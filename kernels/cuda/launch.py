@@ -15,13 +15,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from triton.runtime.interpreter import InterpretedFunction, _patch_lang
 from triton.runtime.jit import JITFunction
 
@@ -126,7 +128,7 @@ class Launch:
     Attributes:
         name: Of the kernel ("tile_attention_forward").
         function: The kernel.
-        grid: Blocks in x, y and z.
+        grid: Blocks in x, y and z; of dynamic sizes where the program has them.
         arguments: Runtime arguments by name, in the kernel's order: tensors (fake or meta ones
             too), integers and floats.
         constants: Compile-time arguments, and runtime ones that are None.
@@ -209,6 +211,25 @@ def launch(
         raise OpError(name_of(function), "x", f"is on {device}: Triton runs on CUDA and ROCm")
 
 
+def constant(numbers: Sequence[int], like: Tensor) -> Tensor:
+    """Known numbers as an int32 argument of a kernel, on the device of `like`.
+
+    Under `recording()` it stays a real tensor on the CPU: a tensor with data among the arguments of
+    a `Launch` is a constant, to be kept with the kernel.
+    """
+    if _recorded.get() is not None:
+        with unset_fake_temporarily():
+            return torch.tensor(numbers, dtype=torch.int32)
+    if isinstance(like, FakeTensor | FunctionalTensor) or torch.compiler.is_compiling():
+        return torch.tensor(numbers, dtype=torch.int32).to(like.device)
+    return _kept(tuple(numbers), like.device)
+
+
+@lru_cache(maxsize=256)
+def _kept(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32, device=device)
+
+
 def name_of(function: Any) -> str:
     """The kernel's name."""
     return str(function.fn.__name__)
@@ -217,7 +238,7 @@ def name_of(function: Any) -> str:
 def _described(
     function: Any, grid: tuple[int, ...], warps: int, stages: int, arguments: dict[str, Any]
 ) -> Launch:
-    x, y, z = (*(int(size) for size in grid), 1, 1)[:3]
+    x, y, z = (*map(_counted, grid), 1, 1)[:3]
     fixed = _constant_names(function)
     constants = {n: a for n, a in arguments.items() if n in fixed or a is None}
     ordered = {n: arguments[n] for n in function.arg_names if n not in constants}
@@ -234,13 +255,21 @@ def _type(value: Any) -> str:
         return f"*{TYPES[value.dtype]}"
     if isinstance(value, float):
         return "fp32"
+    if isinstance(value, torch.SymInt):
+        return "i32"  # launchers refuse a value that does not fit
     return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _counted(size: Any) -> Any:
+    """Blocks along an axis; dynamic sizes stay symbolic."""
+    return size if isinstance(size, torch.SymInt) else int(size)
 
 
 def _divisible(value: Any) -> bool:
     if isinstance(value, Tensor):
-        return int(value.storage_offset()) * value.element_size() % 16 == 0
-    return isinstance(value, int) and value % 16 == 0
+        return statically_known_true(value.storage_offset() * value.element_size() % 16 == 0)
+    integer = isinstance(value, int | torch.SymInt)
+    return integer and statically_known_true(value % 16 == 0)
 
 
 # ---- the interpreter ---------------------------------------------------------------------
@@ -268,4 +297,9 @@ def _interpreting() -> Iterator[None]:
 
 def _interpreted_call(self: Any, *args: Any, **kwargs: Any) -> Any:
     """What a kernel's call of another `triton.jit` function does in the interpreter."""
-    return InterpretedFunction(self.fn).rewrite()(*args, **kwargs)
+    return _rewritten(self.fn)(*args, **kwargs)
+
+
+@cache
+def _rewritten(function: Any) -> Any:
+    return InterpretedFunction(function).rewrite()

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from resplice.kernels.cuda.launch import Config, configured, current_arch, launch
+from resplice.kernels.cuda.launch import Config, by_reference, configured, current_arch, launch
 from resplice.kernels.cuda.processors import PROCESSORS
 from resplice.kernels.hadamard import hadamard as op
 
@@ -79,10 +79,10 @@ def configs(arch: str, dtype: torch.dtype) -> list[Config]:
 def hadamard(x: Tensor, block: int) -> Tensor:
     """See `resplice.kernels.hadamard`; float64 is left to the reference."""
     if x.dtype == torch.float64 or block == 1 or block > LARGEST**2:
-        found: Tensor = op.reference(x, block)
+        found: Tensor = by_reference(op, f"is {x.dtype} in blocks of {block}", x, block)
         return found
     flat, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    if x.numel() == 0:
+    if statically_known_true(x.numel() == 0):
         return y
     if block <= LARGEST:
         transform(flat, y, block, 1)

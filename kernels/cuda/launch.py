@@ -29,6 +29,7 @@ from triton.runtime.jit import JITFunction
 
 from resplice.errors import OpError
 from resplice.kernels.cuda.bfloat16 import bfloat16_arithmetic
+from resplice.ops import Op
 
 TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
@@ -209,6 +210,17 @@ def launch(
         function[grid](**arguments, **options)
     else:
         raise OpError(name_of(function), "x", f"is on {device}: Triton runs on CUDA and ROCm")
+
+
+def by_reference(op: Op, why: str, *args: Any) -> Any:
+    """What no kernel does: the op's reference.
+
+    Raises:
+        OpError: Under `recording()`, where a kernel is wanted.
+    """
+    if _recorded.get() is not None:
+        raise OpError(op.name, "x", f"{why}: there is no kernel for that")
+    return op.reference(*args)
 
 
 def constant(numbers: Sequence[int], like: Tensor) -> Tensor:

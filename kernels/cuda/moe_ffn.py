@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from resplice.kernels.cuda.activations import activated
-from resplice.kernels.cuda.launch import Config, configured, current_arch, launch
+from resplice.kernels.cuda.launch import Config, by_reference, configured, current_arch, launch
 from resplice.kernels.cuda.moe_routing import block_of, sent
 from resplice.kernels.moe_ffn import moe_ffn as op
 
@@ -170,7 +170,8 @@ def moe_ffn(
 ) -> Tensor:  # fmt: skip
     """See `resplice.kernels.moe_ffn`; float64 is left to the reference."""
     if x.dtype == torch.float64:
-        found: Tensor = op.reference(
+        found: Tensor = by_reference(
+            op, "is float64",
             x, shared_in, shared_in_bias, shared_out, experts_in, experts_in_bias, experts_out,
             out_bias, router, router_bias, gate_scale, balance, active, activation, gated, score,
         )  # fmt: skip
@@ -178,7 +179,7 @@ def moe_ffn(
     tokens = x.reshape(-1, x.shape[-1]).contiguous()
     width = (experts_out if shared_out is None else shared_out).shape[-2]  # type: ignore[union-attr]
     y = x.new_empty((*x.shape[:-1], width))
-    if y.numel() == 0:
+    if statically_known_true(y.numel() == 0):
         return y
     parts = None
     if experts_in is not None and experts_out is not None and active > 0:
@@ -239,12 +240,12 @@ def _layer(
     )  # fmt: skip
 
 
-def _blocks(common: dict[str, Any], config: Config) -> int:
+def _blocks(common: dict[str, Any], config: Config) -> Any:
     """Blocks of rows there may be at most: every expert's last one may be partly filled."""
     block_m: int = config.constants["block_m"]
     tokens, experts = common["tokens"], common["experts"]
     if common["slots"] is None:
-        return int(experts * -(-tokens // block_m))
+        return experts * -(-tokens // block_m)
     total = tokens * common["active"]
     most = total // block_m + experts
-    return int(total if statically_known_true(total < most) else most)
+    return total if statically_known_true(total < most) else most

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from resplice.kernels.cuda.bit_stream import evens_and_odds, level, load_words, period
-from resplice.kernels.cuda.launch import Config, configured, current_arch, launch
+from resplice.kernels.cuda.launch import Config, by_reference, configured, current_arch, launch
 from resplice.kernels.cuda.processors import PROCESSORS
 from resplice.kernels.quant_linear import quant_linear as op
 
@@ -165,11 +165,13 @@ def quant_linear(
     """See `resplice.kernels.quant_linear`; float64 is left to the reference."""
     n, k = codes.shape[0], x.shape[-1]
     if x.dtype == torch.float64 or codes.numel() == 0:
-        found: Tensor = op.reference(x, codes, step, bias, bits, group)
+        found: Tensor = by_reference(
+            op, f"is {x.dtype} [..., {k}] for {n} rows", x, codes, step, bias, bits, group
+        )
         return found
     tokens = x.reshape(-1, k).contiguous()
     y = x.new_empty((*x.shape[:-1], n))
-    if tokens.shape[0] == 0:
+    if statically_known_true(tokens.shape[0] == 0):
         return y
     _multiply(tokens, codes.contiguous(), step.contiguous(), bias, y, bits, group)
     return y

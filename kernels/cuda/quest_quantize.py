@@ -12,9 +12,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from resplice.kernels.cuda.hadamard import LARGEST, programs, sign_matrix, transformed
-from resplice.kernels.cuda.launch import Config, configured, current_arch, launch
+from resplice.kernels.cuda.launch import Config, by_reference, configured, current_arch, launch
 from resplice.kernels.gaussian_grid import ALPHA, TINY
 from resplice.kernels.quest_quantize import rounded as op
 
@@ -103,10 +104,13 @@ def quest_quantize(
 ) -> Tensor:
     """See `resplice.kernels.quest_quantize`; float64 is left to the reference."""
     if x.dtype == torch.float64 or block > LARGEST:
-        found: Tensor = op.reference(x, bits, block, clip, estimator, rotate_back)
+        found: Tensor = by_reference(
+            op, f"is {x.dtype} in blocks of {block}",
+            x, bits, block, clip, estimator, rotate_back,
+        )  # fmt: skip
         return found
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if x.numel():
+    if not statically_known_true(x.numel() == 0):
         result = "back" if rotate_back and block > 1 else "values"
         quantize(x.contiguous(), y, None, bits, block, result)
     return y

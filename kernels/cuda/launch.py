@@ -21,12 +21,15 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch._subclasses.functional_tensor import FunctionalTensor
-from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, _patch_lang
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from triton.runtime.interpreter import InterpretedFunction, _patch_lang
 from triton.runtime.jit import JITFunction
 
 from resplice.errors import OpError
+from resplice.kernels.cuda.bfloat16 import bfloat16_arithmetic
+from resplice.ops import Op
 
 TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
@@ -126,7 +129,7 @@ class Launch:
     Attributes:
         name: Of the kernel ("tile_attention_forward").
         function: The kernel.
-        grid: Blocks in x, y and z.
+        grid: Blocks in x, y and z; of dynamic sizes where the program has them.
         arguments: Runtime arguments by name, in the kernel's order: tensors (fake or meta ones
             too), integers and floats.
         constants: Compile-time arguments, and runtime ones that are None.
@@ -209,6 +212,17 @@ def launch(
         raise OpError(name_of(function), "x", f"is on {device}: Triton runs on CUDA and ROCm")
 
 
+def by_reference(op: Op, why: str, *args: Any) -> Any:
+    """What no kernel does: the op's reference.
+
+    Raises:
+        OpError: Under `recording()`, where a kernel is wanted.
+    """
+    if _recorded.get() is not None:
+        raise OpError(op.name, "x", f"{why}: there is no kernel for that")
+    return op.reference(*args)
+
+
 def constant(numbers: Sequence[int], like: Tensor) -> Tensor:
     """Known numbers as an int32 argument of a kernel, on the device of `like`.
 
@@ -216,7 +230,8 @@ def constant(numbers: Sequence[int], like: Tensor) -> Tensor:
     a `Launch` is a constant, to be kept with the kernel.
     """
     if _recorded.get() is not None:
-        return torch.tensor(numbers, dtype=torch.int32)
+        with unset_fake_temporarily():
+            return torch.tensor(numbers, dtype=torch.int32)
     if isinstance(like, FakeTensor | FunctionalTensor) or torch.compiler.is_compiling():
         return torch.tensor(numbers, dtype=torch.int32).to(like.device)
     return _kept(tuple(numbers), like.device)
@@ -235,7 +250,7 @@ def name_of(function: Any) -> str:
 def _described(
     function: Any, grid: tuple[int, ...], warps: int, stages: int, arguments: dict[str, Any]
 ) -> Launch:
-    x, y, z = (*(int(size) for size in grid), 1, 1)[:3]
+    x, y, z = (*map(_counted, grid), 1, 1)[:3]
     fixed = _constant_names(function)
     constants = {n: a for n, a in arguments.items() if n in fixed or a is None}
     ordered = {n: arguments[n] for n in function.arg_names if n not in constants}
@@ -252,13 +267,21 @@ def _type(value: Any) -> str:
         return f"*{TYPES[value.dtype]}"
     if isinstance(value, float):
         return "fp32"
+    if isinstance(value, torch.SymInt):
+        return "i32"  # launchers refuse a value that does not fit
     return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _counted(size: Any) -> Any:
+    """Blocks along an axis; dynamic sizes stay symbolic."""
+    return size if isinstance(size, torch.SymInt) else int(size)
 
 
 def _divisible(value: Any) -> bool:
     if isinstance(value, Tensor):
-        return int(value.storage_offset()) * value.element_size() % 16 == 0
-    return isinstance(value, int) and value % 16 == 0
+        return statically_known_true(value.storage_offset() * value.element_size() % 16 == 0)
+    integer = isinstance(value, int | torch.SymInt)
+    return integer and statically_known_true(value % 16 == 0)
 
 
 # ---- the interpreter ---------------------------------------------------------------------
@@ -274,12 +297,13 @@ def _interpret(function: Any, grid: tuple[int, ...], arguments: dict[str, Any]) 
 def _interpreting() -> Iterator[None]:
     """Patch the language for one launch, so that kernels stay compilable in the same process."""
     scope = _patch_lang(triton.language.standard.zeros.fn)
-    call, dot = JITFunction.__call__, InterpreterBuilder.create_dot
-    JITFunction.__call__, InterpreterBuilder.create_dot = _interpreted_call, _wide_dot
+    call = JITFunction.__call__
+    JITFunction.__call__ = _interpreted_call
     try:
-        yield
+        with bfloat16_arithmetic():
+            yield
     finally:
-        JITFunction.__call__, InterpreterBuilder.create_dot = call, dot
+        JITFunction.__call__ = call
         scope.restore()
 
 
@@ -291,15 +315,3 @@ def _interpreted_call(self: Any, *args: Any, **kwargs: Any) -> Any:
 @cache
 def _rewritten(function: Any) -> Any:
     return InterpretedFunction(function).rewrite()
-
-
-_dot = InterpreterBuilder.create_dot
-
-
-def _wide_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-    """The interpreter multiplies the bits of bfloat16 as integers: widen them first."""
-    a, b = (
-        self.cast_impl(x, triton.language.float32) if x.dtype.scalar.is_bf16() else x
-        for x in (a, b)
-    )
-    return _dot(self, a, b, *rest)

@@ -76,7 +76,9 @@ def box_tokens(
 
 
 @triton.jit
-def row_pointers(base: tl.tensor, tokens: tl.tensor, stride: tl.tensor, width: tl.constexpr, wide: tl.constexpr) -> Any:
+def row_pointers(
+    base: tl.tensor, tokens: tl.tensor, stride: tl.tensor, width: tl.constexpr, wide: tl.constexpr
+) -> Any:
     """Pointers to [tokens, width]; `wide` where a tensor of one head passes 2**31 elements."""
     places = tokens.to(tl.int64) if wide else tokens
     return base + places[:, None] * stride + tl.arange(0, width)[None, :]

@@ -1,0 +1,260 @@
+"""Triton kernels of products between codes: 1 to 8-bit activations by packed 1 to 8-bit weights.
+
+Both lie on the mid-rise grid, value = (code - 2**(b-1) + 1/2) * step, so that twice a value in
+steps is an odd integer, 2c + o with c of 8 bits: c is the code and o = 1 - 2**b, or, for 8-bit
+codes, c = code - 128 and o = 1. A product of rows is then an integer, exact in any order,
+
+    sum (2a + p) (2w + q) = 4 sum a w + 2 q sum a + 2 p sum w + K p q.
+
+`code_linear_tiles` takes the sums of products and of weights from tensor cores, the latter as
+products with ones. `code_linear_bits` is for one bit by one bit: signs agree where an exclusive or
+of bits is zero, so a product of rows is K - 2 * popcount.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from resplice.kernels.cuda.bit_stream import evens_and_odds, load_words, period
+from resplice.kernels.cuda.launch import Config, configured, current_arch, launch
+from resplice.kernels.cuda.quant_linear import share
+
+FEW = 8
+"""Up to so many tokens, one bit by one bit is counted rather than multiplied: a word of 32 weights
+takes three instructions a token, where unpacking it for tensor cores takes three a weight."""
+
+
+@triton.jit
+def _integer_slices(
+    word, part, acc, total, places, k,
+    slot: tl.constexpr, stride: tl.constexpr, bits: tl.constexpr, per: tl.constexpr,
+):  # fmt: skip
+    """Add slices slot, slot + stride ... of K; `total` [rows, 16] sums the weights."""
+    if stride < per:
+        even, odd = evens_and_odds(part)
+        acc, total = _integer_slices(word, even, acc, total, places, k, slot, 2 * stride, bits, per)
+        acc, total = _integer_slices(
+            word, odd, acc, total, places, k, slot + stride, 2 * stride, bits, per
+        )
+    else:
+        code = (word >> (slot * bits)) & (2**bits - 1)
+        weight = (code - 128 if bits == 8 else code).to(tl.int8)
+        acc = tl.dot(weight, tl.trans(part), acc, out_dtype=tl.int32)
+        valid = (places * per + slot < k).to(tl.int8)
+        one = tl.broadcast_to(tl.trans(valid), (part.shape[1], 16))
+        total = tl.dot(weight, one, total, out_dtype=tl.int32)
+    return acc, total
+
+
+@triton.jit
+def code_linear_tiles(
+    x, x_step, codes, step, bias, y, m, n, k, row_bytes, tiles_each,
+    bits: tl.constexpr, act_bits: tl.constexpr, per: tl.constexpr, width: tl.constexpr,
+    last: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, words: tl.constexpr,
+):  # fmt: skip
+    """Outputs [block_m tokens, block_n rows] from `tiles_each` tiles of K.
+
+    Unless this is the `last` step, the integer sums go to y[part of K].
+    """
+    rows = (tl.program_id(0) * block_n + tl.arange(0, block_n)).to(tl.int64)
+    tokens = (tl.program_id(1) * block_m + tl.arange(0, block_m)).to(tl.int64)
+    third = tl.program_id(2)
+    block_k: tl.constexpr = words * per
+    zero: tl.constexpr = 128 if act_bits == 8 else 0
+    some, lane, column = rows[:, None] < n, tl.arange(0, words), tl.arange(0, block_k)
+    acc = tl.zeros((block_n, block_m), tl.int32)
+    total = tl.zeros((block_n, 16), tl.int32)
+    x_total = tl.zeros((block_m,), tl.int32)
+    first = third * tiles_each
+    for tile in range(first, min(first + tiles_each, tl.cdiv(k, block_k))):
+        places = (tile * words + lane)[None, :]
+        columns = (tile * block_k + column)[None, :]
+        word = load_words(codes, rows[:, None], places, some, row_bytes, width)
+        here = (tokens[:, None] < m) & (columns < k)
+        code = tl.load(x + tokens[:, None] * k + columns, here, other=zero)
+        part = (code ^ zero).to(tl.int8, bitcast=True)
+        x_total += tl.sum(part.to(tl.int32), 1)
+        acc, total = _integer_slices(word, part, acc, total, places, k, 0, 1, bits, per)
+    p: tl.constexpr = 1 if act_bits == 8 else 1 - 2**act_bits
+    q: tl.constexpr = 1 if bits == 8 else 1 - 2**bits
+    count = tl.minimum((first + tiles_each) * block_k, k) - first * block_k
+    acc = 4 * acc + (2 * q * x_total + p * q * count)[None, :]
+    acc += 2 * p * tl.max(total, 1)[:, None]  # its columns are all the same
+    inside = (tokens[:, None] < m) & (rows[None, :] < n)
+    out = y + (third * m + tokens[:, None]) * n + rows[None, :]
+    found = tl.trans(acc)
+    if last:
+        found = _scaled(found, x_step, step, bias, tokens[:, None], rows[None, :], m, n)
+    tl.store(out, found.to(y.dtype.element_ty), inside)
+
+
+@triton.jit
+def _scaled(total, x_step, step, bias, tokens, rows, m, n):
+    """Integer sums of products of odd numbers -> outputs, float32."""
+    scale = tl.load(x_step + tokens, tokens < m, other=0.0) * 0.25
+    found = total.to(tl.float32) * (scale * tl.load(step + rows, rows < n, other=0.0))
+    if bias is not None:
+        found += tl.load(bias + rows, rows < n, other=0.0).to(tl.float32)
+    return found
+
+
+@triton.jit
+def code_linear_parts(parts, x_step, step, bias, y, m, n, count, block: tl.constexpr):
+    """Sums over parts [count, m, n] of K; then steps and bias."""
+    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = at < m * n
+    acc = tl.zeros((block,), tl.int32)
+    for part in range(count):
+        acc += tl.load(parts + part * m * n + at, inside, other=0)
+    found = _scaled(acc, x_step, step, bias, at // n, at % n, m, n)
+    tl.store(y + at, found.to(y.dtype.element_ty), inside)
+
+
+@triton.jit
+def ones(word):
+    """Bits that are set in uint32 numbers; compilers know the form and emit one instruction."""
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    return ((word * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def pack_signs(x, y, m, k, words, block: tl.constexpr):
+    """One-bit codes, a byte each, [m, k] -> 32 in a number [m, words], zeros behind the last."""
+    word = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    bit = tl.arange(0, 32)[None, :]
+    column = (word % words)[:, None] * 32 + bit
+    code = tl.load(
+        x + (word // words)[:, None] * k + column,
+        (column < k) & (word < m * words)[:, None],
+        other=0,
+    )
+    tl.store(y + word, tl.sum(code.to(tl.int32) << bit, 1), word < m * words)
+
+
+@triton.jit
+def code_linear_bits(
+    x, x_step, codes, step, bias, y, m, n, k, row_bytes, x_words,
+    block_m: tl.constexpr, block_n: tl.constexpr, words: tl.constexpr,
+):  # fmt: skip
+    """One bit by one bit, all of K: x holds the words of `pack_signs`."""
+    rows = (tl.program_id(0) * block_n + tl.arange(0, block_n)).to(tl.int64)
+    tokens = (tl.program_id(1) * block_m + tl.arange(0, block_m)).to(tl.int64)
+    some, lane = rows[:, None] < n, tl.arange(0, words)
+    differ = tl.zeros((block_m, block_n, words), tl.int32)
+    for first in range(0, x_words, words):
+        places = (first + lane)[None, :]
+        word = load_words(codes, rows[:, None], places, some, row_bytes, 4)
+        signs = tl.load(
+            x + tokens[:, None] * x_words + places,
+            (tokens[:, None] < m) & (places < x_words),
+            other=0,
+        )
+        left = tl.minimum(tl.maximum(k - places * 32, 0), 32)
+        kept = tl.where(left == 32, -1, (1 << left) - 1)
+        differ += ones(((signs[:, None, :] ^ word[None, :, :]) & kept[:, None, :]).to(tl.uint32))
+    total = k - 2 * tl.sum(differ, 2)
+    found = _scaled(total, x_step, step, bias, tokens[:, None], rows[None, :], m, n)
+    out = y + tokens[:, None] * n + rows[None, :]
+    tl.store(out, found.to(y.dtype.element_ty), (tokens[:, None] < m) & (rows[None, :] < n))
+
+
+# ---- configurations ----------------------------------------------------------------------
+
+
+def configs(arch: str, act_bits: int, bits: int, m: int) -> list[Config]:
+    """Configurations of `code_linear_tiles`, the default first; `m` may be symbolic."""
+    per, _ = period(bits)
+    stages = 2 if arch.startswith("gfx") else 3
+
+    def of(block_m: int, block_n: int, block_k: int, warps: int) -> Config:
+        words = max(32, block_k // per)
+        return Config({"block_m": block_m, "block_n": block_n, "words": words}, warps, stages)
+
+    if statically_known_true(m <= 64):
+        rows = next(size for size in (16, 32, 64) if statically_known_true(m <= size))
+        return [of(rows, 64, 128, 4), of(rows, 32, 256, 4)]
+    if per == 8 or max(bits, act_bits) == 8:
+        return [of(64, 128, 64, 8), of(64, 64, 128, 4)]
+    return [of(128, 128, 128, 8), of(64, 128, 128, 8), of(128, 64, 128, 4)]
+
+
+def bit_configs(arch: str, m: int) -> list[Config]:
+    """Configurations of `code_linear_bits`, the default first."""
+    block_m = next((size for size in (1, 2, 4) if statically_known_true(m <= size)), 8)
+
+    def of(block_n: int, words: int, warps: int) -> Config:
+        return Config({"block_m": block_m, "block_n": block_n, "words": words}, warps, 2)
+
+    return [of(16, 32, 4), of(8, 128, 4), of(16, 32, 1)]
+
+
+# ---- launches ----------------------------------------------------------------------------
+
+
+def multiply(
+    x: Tensor, x_step: Tensor, codes: Tensor, step: Tensor, bias: Tensor | None, y: Tensor,
+    act_bits: int, bits: int,
+) -> None:  # fmt: skip
+    """Codes x uint8 [m, k], a byte each, times packed weights [n, bytes], into y [..., n].
+
+    Args:
+        x: Codes of the activations, 0 to 2**act_bits - 1.
+        x_step: float32, one per token.
+        codes: Packed codes of the weights.
+        step: float32, one per row.
+        bias: [n] or None.
+        y: Floating point.
+        act_bits: Of an activation.
+        bits: Of a weight: 1, 2, 3, 4 or 8.
+    """
+    if act_bits == bits == 1 and statically_known_true(x.shape[0] <= FEW):
+        _count(x, x_step, codes, step, bias, y)
+        return
+    m, n, k = x.shape[0], codes.shape[0], x.shape[1]
+    arch, (per, width) = current_arch(), period(bits)
+    config = configured("code_linear_tiles", configs(arch, act_bits, bits, m))
+    block_n, block_m = config.constants["block_n"], config.constants["block_m"]
+    tiles = -(-k // (config.constants["words"] * per))
+    blocks = (-(-n // block_n), -(-m // block_m))
+    few = statically_known_true(m <= 64)
+    each = share(tiles, math.prod(blocks), arch) if few else tiles
+    count = -(-tiles // each)
+    parts = y if count == 1 else x.new_empty((count, m, n), dtype=torch.int32)
+    launch(
+        code_linear_tiles, (*blocks, count), x=x, x_step=x_step, codes=codes, step=step, bias=bias,
+        y=parts, m=m, n=n, k=k, row_bytes=codes.shape[1], tiles_each=each, bits=bits,
+        act_bits=act_bits, per=per, width=width, last=count == 1, **config.options,
+    )  # fmt: skip
+    if count > 1:
+        launch(
+            code_linear_parts, (-(-m * n // 1024),), parts=parts, x_step=x_step, step=step,
+            bias=bias, y=y, m=m, n=n, count=count, block=1024, num_warps=4, num_stages=1,
+        )  # fmt: skip
+
+
+def _count(
+    x: Tensor, x_step: Tensor, codes: Tensor, step: Tensor, bias: Tensor | None, y: Tensor
+) -> None:
+    """`multiply` of one bit by one bit for a few tokens."""
+    m, n, k, row_bytes = x.shape[0], codes.shape[0], x.shape[1], codes.shape[1]
+    words = -(-k // 32)
+    signs = x.new_empty((m, words), dtype=torch.int32)
+    launch(
+        pack_signs, (-(-m * words // 64),), x=x, y=signs, m=m, k=k, words=words, block=64,
+        num_warps=4, num_stages=1,
+    )  # fmt: skip
+    config = configured("code_linear_bits", bit_configs(current_arch(), m))
+    block_m, block_n = config.constants["block_m"], config.constants["block_n"]
+    launch(
+        code_linear_bits, (-(-n // block_n), -(-m // block_m)), x=signs, x_step=x_step,
+        codes=codes.view(torch.int32) if row_bytes % 4 == 0 else codes, step=step, bias=bias, y=y,
+        m=m, n=n, k=k, row_bytes=row_bytes, x_words=words, **config.options,
+    )  # fmt: skip

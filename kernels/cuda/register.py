@@ -1,0 +1,68 @@
+"""Which op has which host function, and how ops come to use them on GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+
+from resplice.ops import NAMESPACE, Op, _library, all_ops
+from resplice.registry import load, load_ops
+
+HOSTS = {
+    "hadamard": "resplice.kernels.cuda.hadamard:hadamard",
+    "moe_ffn": "resplice.kernels.cuda.moe_ffn:moe_ffn",
+    "quant_linear": "resplice.kernels.cuda.quant_linear:quant_linear",
+    "quest_quantize": "resplice.kernels.cuda.quest_quantize:quest_quantize",
+    "tile_attention": "resplice.kernels.cuda.tile_attention:tile_attention",
+}
+"""Op -> its host function, which has the op's signature."""
+
+
+@cache
+def host_functions() -> dict[str, Callable[..., Any]]:
+    """The host functions by op."""
+    return {name: load(place) for name, place in HOSTS.items()}
+
+
+@cache
+def register() -> None:
+    """Let every op with a kernel use it on CUDA (and ROCm) tensors; on CPUs nothing changes.
+
+    torch.compile and AOTInductor trace through the host function and see its kernels; torch.export
+    keeps the op.
+    """
+    load_ops()
+    for name, host in host_functions().items():
+        _register(all_ops()[name], host)
+
+
+def _register(op: Op, host: Callable[..., Any]) -> None:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if op.verify is not None:
+            op.verify(*args, **kwargs)
+        return host(*args, **kwargs)
+
+    def traced(mode: Any, overload: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from torch.export._trace import custom_triton_ops_decomposition_disabled
+
+        if custom_triton_ops_decomposition_disabled() or not _on_gpu((args, kwargs)):
+            return mode.__torch_dispatch__(overload, types, args, kwargs)
+        with mode:
+            return run(*args, **(kwargs or {}))
+
+    _library().impl(op.name, run, "CUDA")
+    torch.library.register_torch_dispatch(
+        f"{NAMESPACE}::{op.name}", FunctionalTensorMode, traced, lib=_library()
+    )
+
+
+def _on_gpu(values: Any) -> bool:
+    return any(
+        isinstance(value, torch.Tensor) and value.device.type == "cuda"
+        for value in pytree.tree_leaves(values)
+    )

@@ -67,6 +67,17 @@ def test_block_sizes(sizes: tuple[int, int]) -> None:
         assert holds(torch.randn(3, 96), 3, 32, 0.0, "ste", False)
 
 
+@pytest.mark.parametrize(("size", "block", "bits"), [(384, 128, 4), (20, 1, 1), (96, 32, 8)])
+def test_codes_and_steps_are_those_of_the_values(size: int, block: int, bits: int) -> None:
+    x = torch.randn(2, 3, size)
+    x[0, 0] = 0
+    with poison():
+        codes, step = cuda.quest_codes(x, bits, block)
+        values = cuda.quest_quantize(x, bits, block, 0.0, "trust", False)
+    assert (codes.dtype, step.shape) == (torch.int8, (2, 3, 1))
+    assert torch.equal((codes + 0.5) * step, values)
+
+
 def test_rows_of_zeros_and_outliers() -> None:
     x = torch.randn(4, 256)
     x[0], x[1, 3], x[2] = 0, 1e4, 1e-6 * x[2]

@@ -64,13 +64,14 @@ def _tile_slices(
 
 @triton.jit
 def quant_linear_tiles(
-    x, codes, step, bias, y, m, n, k, row_bytes, groups, group, tiles_each,
+    x, x_step, codes, step, bias, y, m, n, k, row_bytes, groups, group, tiles_each,
     bits: tl.constexpr, per: tl.constexpr, width: tl.constexpr, grouping: tl.constexpr,
     precision: tl.constexpr, last: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
     words: tl.constexpr,
 ):  # fmt: skip
     """Outputs [block_m tokens, block_n rows] from `tiles_each` tiles of K.
 
+    With `x_step`, x holds integer codes of activations, worth (x + 1/2) * x_step.
     `grouping`: one step per row (0), or groups of whole tiles (1), of whole words (2), of any size
     (3). `last`: the whole of K is in this program, so step and bias are applied; otherwise the
     float32 sums go to y[part of K].
@@ -87,7 +88,9 @@ def quant_linear_tiles(
         columns = (tile * block_k + column)[None, :]
         word = load_words(codes, rows[:, None], places, some, row_bytes, width)
         here = (tokens[:, None] < m) & (columns < k)
-        part = tl.load(x + tokens[:, None] * k + columns, here, other=0.0)
+        part = tl.load(x + tokens[:, None] * k + columns, here, other=0)
+        if x_step is not None:
+            part = tl.where(here, part.to(tl.float32) + 0.5, 0.0)
         scale = 1.0
         if grouping == 1:
             scale = tl.load(step + rows[:, None] * groups + tile * block_k // group, some)
@@ -98,6 +101,8 @@ def quant_linear_tiles(
             0, 1, bits, per, grouping, precision,
         )  # fmt: skip
     if last:
+        if x_step is not None:
+            acc *= tl.load(x_step + tokens, tokens < m, other=0.0)[None, :]
         if grouping == 0:
             acc *= tl.load(step + rows, rows < n, other=0.0)[:, None]
         if bias is not None:
@@ -109,7 +114,7 @@ def quant_linear_tiles(
 
 @triton.jit
 def quant_linear_parts(
-    parts, step, bias, y, size, n, count, grouping: tl.constexpr, block: tl.constexpr
+    parts, x_step, step, bias, y, size, n, count, grouping: tl.constexpr, block: tl.constexpr
 ):
     """Sums over parts [count, size] of K, in order; then step and bias."""
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
@@ -117,6 +122,8 @@ def quant_linear_parts(
     for part in range(count):
         acc += tl.load(parts + part * size + at, at < size, other=0.0)
     row = at % n
+    if x_step is not None:
+        acc *= tl.load(x_step + at // n, at < size, other=0.0)
     if grouping == 0:
         acc *= tl.load(step + row, at < size, other=0.0)
     if bias is not None:
@@ -173,17 +180,22 @@ def quant_linear(
     y = x.new_empty((*x.shape[:-1], n))
     if statically_known_true(tokens.shape[0] == 0):
         return y
-    _multiply(tokens, codes.contiguous(), step.contiguous(), bias, y, bits, group)
+    multiply(tokens, codes.contiguous(), step.contiguous(), bias, y, bits, group)
     return y
 
 
-def _multiply(
-    x: Tensor, codes: Tensor, step: Tensor, bias: Tensor | None, y: Tensor, bits: int, group: int
-) -> None:
-    """X [m, k] times the weight into y [..., n]."""
+def multiply(
+    x: Tensor, codes: Tensor, step: Tensor, bias: Tensor | None, y: Tensor, bits: int, group: int,
+    x_step: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Launch x [m, k] times the weight into y [..., n].
+
+    Integers x are codes of activations, worth (x + 1/2) * x_step, with a step per token.
+    """
     m, n, k = x.shape[0], codes.shape[0], x.shape[1]
     arch, (per, width) = current_arch(), period(bits)
-    config = configured("quant_linear_tiles", configs(arch, x.dtype, bits, m))
+    kind = x.dtype if x_step is None else torch.float32
+    config = configured("quant_linear_tiles", configs(arch, kind, bits, m))
     block_n, block_m = config.constants["block_n"], config.constants["block_m"]
     block_k = config.constants["words"] * per
     tiles = -(-k // block_k)
@@ -192,17 +204,17 @@ def _multiply(
     count = -(-tiles // each)
     parts = y if count == 1 else x.new_empty((count, m, n), dtype=torch.float32)
     launch(
-        quant_linear_tiles, (*blocks, count), x=x, codes=codes, step=step, bias=bias, y=parts,
-        m=m, n=n, k=k, row_bytes=codes.shape[1], groups=step.shape[1], group=group,
+        quant_linear_tiles, (*blocks, count), x=x, x_step=x_step, codes=codes, step=step, bias=bias,
+        y=parts, m=m, n=n, k=k, row_bytes=codes.shape[1], groups=step.shape[1], group=group,
         tiles_each=each, bits=bits, per=per, width=width, grouping=_grouping(group, per, block_k),
-        precision="ieee" if arch.startswith("gfx") or x.dtype != torch.float32 else "tf32x3",
+        precision="ieee" if arch.startswith("gfx") or kind != torch.float32 else "tf32x3",
         last=count == 1, **config.options,
     )  # fmt: skip
     if count > 1:
         launch(
-            quant_linear_parts, (-(-m * n // 1024),), parts=parts, step=step, bias=bias, y=y,
-            size=m * n, n=n, count=count, grouping=_grouping(group, per, block_k), block=1024,
-            num_warps=4, num_stages=1,
+            quant_linear_parts, (-(-m * n // 1024),), parts=parts, x_step=x_step, step=step,
+            bias=bias, y=y, size=m * n, n=n, count=count, grouping=_grouping(group, per, block_k),
+            block=1024, num_warps=4, num_stages=1,
         )  # fmt: skip
 
 

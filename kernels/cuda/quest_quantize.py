@@ -1,4 +1,4 @@
-"""Triton kernel of `quest_quantize`: transform, step, rounding, and back, in one launch.
+"""Triton kernel of `quest_quantize` and `quest_codes`: transform, step, rounding in one launch.
 
 The transform keeps the sum of squares, so that the step of a row is known before its values are
 transformed. A row of up to 64 blocks is loaded once, a longer one twice.
@@ -17,7 +17,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from resplice.kernels.cuda.hadamard import LARGEST, programs, sign_matrix, transformed
 from resplice.kernels.cuda.launch import Config, by_reference, configured, current_arch, launch
 from resplice.kernels.gaussian_grid import ALPHA, TINY
-from resplice.kernels.quest_quantize import rounded as op
+from resplice.kernels.quest_quantize import rounded
+from resplice.ops import all_ops
 
 
 @triton.jit
@@ -44,7 +45,8 @@ def quest_quantize_rows(
 ):  # fmt: skip
     """Quantise rows, block_m at a time and of them `blocks` runs of `order` values at a time.
 
-    `result`: "codes" (0 to 2**bits - 1, and the steps), "values", or "back" (values turned back).
+    `result`: "codes" (-2**(bits-1) to 2**(bits-1) - 1, and the steps), "values", or "back" (values
+    turned back).
     """
     half: tl.constexpr = 2 ** (bits - 1)
     signs = sign_matrix(order, block, x.dtype.element_ty) if block > 1 else None
@@ -71,7 +73,7 @@ def quest_quantize_rows(
                 values = tl.load(start + base + column, some & (base + column < k), other=0.0)
             place = _levels(values, spread, signs, scale, half)
             if result == "codes":
-                found = place + (half - 1)
+                found = place - 1.0
             elif result == "back":
                 found = transformed((place - 0.5).to(tl.bfloat16), back) * scale * spread
             else:
@@ -105,7 +107,7 @@ def quest_quantize(
     """See `resplice.kernels.quest_quantize`; float64 is left to the reference."""
     if x.dtype == torch.float64 or block > LARGEST:
         found: Tensor = by_reference(
-            op, f"is {x.dtype} in blocks of {block}",
+            rounded, f"is {x.dtype} in blocks of {block}",
             x, bits, block, clip, estimator, rotate_back,
         )  # fmt: skip
         return found
@@ -114,6 +116,21 @@ def quest_quantize(
         result = "back" if rotate_back and block > 1 else "values"
         quantize(x.contiguous(), y, None, bits, block, result)
     return y
+
+
+def quest_codes(x: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
+    """See `resplice.kernels.quest_codes`; orders above 128 are left to the reference."""
+    if block > LARGEST or x.dtype == torch.float64:
+        op = all_ops()["quest_codes"]
+        found: tuple[Tensor, Tensor] = by_reference(
+            op, f"is {x.dtype} in blocks of {block}", x, bits, block
+        )
+        return found
+    codes = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
+    steps = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    if not statically_known_true(x.numel() == 0):
+        quantize(x.contiguous(), codes, steps, bits, block, "codes")
+    return codes, steps
 
 
 def quantize(

@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from resplice.kernels.cuda.bit_stream import evens_and_odds, load_words, period
 from resplice.kernels.cuda.launch import Config, by_reference, configured, current_arch, launch
+from resplice.kernels.cuda.pruning import fitting
 from resplice.kernels.cuda.quant_linear import multiply, share
 from resplice.ops import all_ops
 
@@ -171,8 +172,12 @@ def code_linear_bits(
 
 def configs(arch: str, bits: int, m: int) -> list[Config]:
     """Configurations of `code_linear_tiles`, the default first; `m` may be symbolic."""
-    per, _ = period(bits)
+    per, width = period(bits)
     stages = 2 if arch.startswith("gfx") else 3
+
+    def loaded(config: Config) -> int:
+        sizes = config.constants
+        return int(sizes["words"] * (sizes["block_m"] * per + sizes["block_n"] * width))
 
     def of(block_m: int, block_n: int, block_k: int, warps: int) -> Config:
         words = max(32, block_k // per)
@@ -180,10 +185,12 @@ def configs(arch: str, bits: int, m: int) -> list[Config]:
 
     if statically_known_true(m <= 64):
         rows = next(size for size in (16, 32, 64) if statically_known_true(m <= size))
-        return [of(rows, 64, 128, 4), of(rows, 32, 256, 4)]
-    if per == 8:
-        return [of(64, 128, 256, 8), of(64, 64, 256, 4)]
-    return [of(128, 128, 128, 8), of(64, 128, 128, 8), of(128, 64, 128, 4)]
+        every = [of(rows, 64, 128, 4), of(rows, 32, 256, 4)]
+    elif per == 8:
+        every = [of(64, 128, 256, 8), of(64, 64, 256, 4)]
+    else:
+        every = [of(128, 128, 128, 8), of(64, 128, 128, 8), of(128, 64, 128, 4)]
+    return fitting(every, arch, loaded)
 
 
 def bit_configs(arch: str, m: int) -> list[Config]:

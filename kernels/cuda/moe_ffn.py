@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from resplice.kernels.cuda.activations import activated
 from resplice.kernels.cuda.launch import Config, by_reference, configured, current_arch, launch
 from resplice.kernels.cuda.moe_routing import block_of, sent
+from resplice.kernels.cuda.pruning import fitting
 from resplice.kernels.moe_ffn import moe_ffn as op
 
 
@@ -147,15 +148,22 @@ def configs(arch: str, dtype: torch.dtype, rows: int, accumulators: int) -> list
         sizes = {"block_m": block_m, "block_n": block_n, "block_k": block_k}
         return Config(sizes, warps, stages)
 
+    def loaded(config: Config) -> int:
+        sizes = config.constants
+        lines = sizes["block_m"] + accumulators * sizes["block_n"]
+        return int(lines * sizes["block_k"] * dtype.itemsize)
+
+    wide = 128 // accumulators
     if statically_known_true(rows <= 16):
         block_k = 128 if dtype.itemsize == 2 else 32
-        return [of(16, 32, block_k, 4), of(16, 64, 64, 4), of(16, 16, 128, 2)]
-    if dtype.itemsize == 4:
-        return [of(64, 64 // accumulators, 32, 4), of(32, 32, 32, 4)]
-    if statically_known_true(rows <= 64):
-        return [of(64, 64, 64, 4), of(32, 64, 64, 4)]
-    wide = 128 // accumulators
-    return [of(128, wide, 64, 8), of(64, wide, 64, 4), of(128, 2 * wide, 64, 8)]
+        every = [of(16, 32, block_k, 4), of(16, 64, 64, 4), of(16, 16, 128, 2)]
+    elif dtype.itemsize == 4:
+        every = [of(64, wide // 2, 32, 4), of(32, 32, 32, 4)]
+    elif statically_known_true(rows <= 64):
+        every = [of(64, 64, 64, 4), of(32, 64, 64, 4)]
+    else:
+        every = [of(128, wide, 64, 8), of(64, wide, 64, 4), of(128, 2 * wide, 64, 8)]
+    return fitting(every, arch, loaded, accumulators)
 
 
 # ---- the op ------------------------------------------------------------------------------

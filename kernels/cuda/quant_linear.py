@@ -23,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from resplice.kernels.cuda.bit_stream import evens_and_odds, level, load_words, period
 from resplice.kernels.cuda.launch import Config, by_reference, configured, current_arch, launch
 from resplice.kernels.cuda.processors import PROCESSORS
+from resplice.kernels.cuda.pruning import fitting
 from resplice.kernels.quant_linear import quant_linear as op
 
 # ---- kernels -----------------------------------------------------------------------------
@@ -143,10 +144,15 @@ def configs(arch: str, dtype: torch.dtype, bits: int, m: int) -> list[Config]:
         bits: Per weight.
         m: Tokens; may be symbolic.
     """
-    per, _ = period(bits)
+    per, width = period(bits)
     stages = 2 if arch.startswith("gfx") else 3
     narrow = statically_known_true(m <= 64)
     wide = dtype.itemsize == 4
+
+    def loaded(config: Config) -> int:
+        sizes = config.constants
+        row = sizes["words"] * per * dtype.itemsize
+        return int(sizes["block_m"] * row + sizes["block_n"] * sizes["words"] * width)
 
     def of(block_m: int, block_n: int, block_k: int, warps: int) -> Config:
         words = max(16, block_k // per)
@@ -155,12 +161,14 @@ def configs(arch: str, dtype: torch.dtype, bits: int, m: int) -> list[Config]:
     if narrow:
         rows = next(size for size in (16, 32, 64) if statically_known_true(m <= size))
         long = (256 if per > 2 else 128) // (1 + wide)
-        return [of(rows, 64, long, 4), of(rows, 32, long, 4), of(rows, 64, 64, 4)]
-    if wide:
-        return [of(64, 64, 32, 4), of(64, 64, 64, 4)]
-    if per == 8:
-        return [of(64, 128, 128, 8), of(64, 64, 128, 4)]
-    return [of(128, 128, 64, 8), of(64, 128, 64, 4), of(128, 64, 64, 4), of(128, 256, 64, 8)]
+        every = [of(rows, 64, long, 4), of(rows, 32, long, 4), of(rows, 64, 64, 4)]
+    elif wide:
+        every = [of(64, 64, 32, 4), of(64, 64, 64, 4)]
+    elif per == 8:
+        every = [of(64, 128, 128, 8), of(64, 64, 128, 4)]
+    else:
+        every = [of(128, 128, 64, 8), of(64, 128, 64, 4), of(128, 64, 64, 4), of(128, 256, 64, 8)]
+    return fitting(every, arch, loaded)
 
 
 # ---- the op ------------------------------------------------------------------------------

@@ -13,11 +13,14 @@ pytest.importorskip("triton")
 
 from cuda_tools import ARCHS, bar, compiled, error, launches, meta, poison
 
+from resplice.kernels.code_linear import code_linear
 from resplice.kernels.cuda import code_linear as cuda
 from resplice.kernels.cuda.launch import Config, using
 from resplice.kernels.gaussian_grid import from_codes
 from resplice.kernels.packing import pack, packed_bytes
 from resplice.kernels.quant_linear import BITS, dequantize
+
+SAMPLES = [sample for sample in code_linear.samples() if not sample.refused]
 
 
 def product(m: int, k: int, n: int, act_bits: int, bits: int) -> tuple[Tensor, Tensor]:
@@ -30,6 +33,13 @@ def product(m: int, k: int, n: int, act_bits: int, bits: int) -> tuple[Tensor, T
         y = cuda.code_linear(signed, x_step, pack(weight, bits), step, bias, bits, 0, act_bits)
     left = from_codes(x, x_step.double(), act_bits)
     return y, left @ from_codes(weight, step.double(), bits).t() + bias.double()
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.label)
+def test_samples(sample: Any) -> None:
+    with poison():
+        found = cuda.code_linear(*sample.args)
+    assert error(found, code_linear.reference(*sample.args)) <= bar(torch.float32)
 
 
 @pytest.mark.parametrize("act_bits", [1, 2, 3, 4, 7, 8])
@@ -68,6 +78,13 @@ def w1a1(m: int) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("group", [32, 7])
 @pytest.mark.parametrize("bits", BITS)
+def test_rows_too_long_for_integers_of_32_bits_are_left_to_quant_linear() -> None:
+    x = torch.full((1, 33_100), 127, dtype=torch.int8)
+    codes, one = torch.full((2, 33_100), 255, dtype=torch.uint8), torch.ones(2, 1)
+    found = cuda.code_linear(x, one[:1], codes, one, None, 8, 0, 8)
+    assert error(found, torch.full((1, 2), 33_100 * 127.5**2)) <= bar(torch.float32)
+
+
 def test_groups_are_left_to_quant_linear(bits: int, group: int) -> None:
     m, k, n = 3, 80, 20
     x = torch.randint(-8, 8, (m, k), dtype=torch.int8)

@@ -15,6 +15,7 @@ integers, are left to the kernel of `quant_linear`, on float32 values.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -22,11 +23,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from resplice.kernels.code_linear import code_linear as op
 from resplice.kernels.cuda.bit_stream import evens_and_odds, load_words, period
 from resplice.kernels.cuda.launch import Config, by_reference, configured, current_arch, launch
 from resplice.kernels.cuda.pruning import fitting
 from resplice.kernels.cuda.quant_linear import multiply, share
-from resplice.ops import all_ops
 
 FEW = 8
 """Up to so many tokens, one bit by one bit is counted rather than multiplied: a word of 32 weights
@@ -35,9 +36,9 @@ takes three instructions a token, where unpacking it for tensor cores takes thre
 
 @triton.jit
 def _integer_slices(
-    word, part, acc, total, ones, slot: tl.constexpr, stride: tl.constexpr, bits: tl.constexpr,
-    per: tl.constexpr,
-):  # fmt: skip
+    word: Any, part: Any, acc: Any, total: Any, ones: Any, slot: tl.constexpr, stride: tl.constexpr,
+    bits: tl.constexpr, per: tl.constexpr,
+) -> Any:  # fmt: skip
     """Add slices slot, slot + stride ... of K; `total` [rows, 16] sums the weights."""
     if stride < per:
         even, odd = evens_and_odds(part)
@@ -55,10 +56,10 @@ def _integer_slices(
 
 @triton.jit
 def code_linear_tiles(
-    x, x_step, codes, step, bias, y, m, n, k, row_bytes, tiles_each, bits: tl.constexpr,
-    per: tl.constexpr, width: tl.constexpr, last: tl.constexpr, block_m: tl.constexpr,
-    block_n: tl.constexpr, words: tl.constexpr,
-):  # fmt: skip
+    x: Any, x_step: Any, codes: Any, step: Any, bias: Any, y: Any, m: Any, n: Any, k: Any,
+    row_bytes: Any, tiles_each: Any, bits: tl.constexpr, per: tl.constexpr, width: tl.constexpr,
+    last: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, words: tl.constexpr,
+) -> None:  # fmt: skip
     """Outputs [block_m tokens, block_n rows] from `tiles_each` tiles of K.
 
     Unless this is the `last` step, the integer sums go to y[part of K].
@@ -99,7 +100,9 @@ def code_linear_tiles(
 
 
 @triton.jit
-def _scaled(total, x_step, step, bias, tokens, rows, m, n):
+def _scaled(
+    total: Any, x_step: Any, step: Any, bias: Any, tokens: Any, rows: Any, m: Any, n: Any,
+) -> Any:  # fmt: skip
     """Integer sums of products of odd numbers -> outputs, float32."""
     scale = tl.load(x_step + tokens, tokens < m, other=0.0) * 0.25
     found = total.to(tl.float32) * (scale * tl.load(step + rows, rows < n, other=0.0))
@@ -109,7 +112,10 @@ def _scaled(total, x_step, step, bias, tokens, rows, m, n):
 
 
 @triton.jit
-def code_linear_parts(parts, x_step, step, bias, y, m, n, count, block: tl.constexpr):
+def code_linear_parts(
+    parts: Any, x_step: Any, step: Any, bias: Any, y: Any, m: Any, n: Any, count: Any,
+    block: tl.constexpr,
+) -> None:  # fmt: skip
     """Sums over parts [count, m, n] of K; then steps and bias."""
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = at < m * n
@@ -121,7 +127,7 @@ def code_linear_parts(parts, x_step, step, bias, y, m, n, count, block: tl.const
 
 
 @triton.jit
-def counted(word):
+def counted(word: Any) -> Any:
     """Bits that are set in uint32 numbers; compilers know the form and emit one instruction."""
     word = word - ((word >> 1) & 0x55555555)
     word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
@@ -130,7 +136,7 @@ def counted(word):
 
 
 @triton.jit
-def pack_signs(x, y, m, k, words, block: tl.constexpr):
+def pack_signs(x: Any, y: Any, m: Any, k: Any, words: Any, block: tl.constexpr) -> None:
     """Signs of codes [m, k], a byte each -> 32 in a number [m, words]; set where positive."""
     word = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     bit = tl.arange(0, 32)[None, :]
@@ -142,9 +148,9 @@ def pack_signs(x, y, m, k, words, block: tl.constexpr):
 
 @triton.jit
 def code_linear_bits(
-    x, x_step, codes, step, bias, y, m, n, k, row_bytes, x_words,
-    block_m: tl.constexpr, block_n: tl.constexpr, words: tl.constexpr,
-):  # fmt: skip
+    x: Any, x_step: Any, codes: Any, step: Any, bias: Any, y: Any, m: Any, n: Any, k: Any,
+    row_bytes: Any, x_words: Any, block_m: tl.constexpr, block_n: tl.constexpr, words: tl.constexpr,
+) -> None:  # fmt: skip
     """One bit by one bit, all of K: x holds the words of `pack_signs`."""
     rows = (tl.program_id(0) * block_n + tl.arange(0, block_n)).to(tl.int64)
     tokens = (tl.program_id(1) * block_m + tl.arange(0, block_m)).to(tl.int64)
@@ -213,7 +219,6 @@ def code_linear(
     """See `resplice.kernels.code_linear`; float64 steps are left to the reference."""
     n, k = codes.shape[0], x.shape[-1]
     if x_step.dtype == torch.float64 or codes.numel() == 0:
-        op = all_ops()["code_linear"]
         why = f"has steps of {x_step.dtype} for {n} rows"
         result: Tensor = by_reference(
             op, why, x, x_step, codes, step, bias, bits, group, x_bits

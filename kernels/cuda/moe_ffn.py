@@ -25,7 +25,10 @@ from resplice.kernels.moe_ffn import moe_ffn as op
 
 
 @triton.jit
-def _rows(slots, loads, tokens, experts, active, padded: tl.constexpr, block_m: tl.constexpr):
+def _rows(
+    slots: Any, loads: Any, tokens: Any, experts: Any, active: Any, padded: tl.constexpr,
+    block_m: tl.constexpr,
+) -> Any:  # fmt: skip
     """Expert, slots and tokens of this block of rows, and which of them are there.
 
     Without `slots` every expert gets every token, in blocks of block_m.
@@ -48,10 +51,11 @@ def _rows(slots, loads, tokens, experts, active, padded: tl.constexpr, block_m: 
 
 @triton.jit
 def moe_in(
-    x, weight, bias, slots, loads, h, tokens, d, m, experts, active,
-    activation: tl.constexpr, gated: tl.constexpr, precision: tl.constexpr, padded: tl.constexpr,
-    block_m: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
-):  # fmt: skip
+    x: Any, weight: Any, bias: Any, slots: Any, loads: Any, h: Any, tokens: Any, d: Any, m: Any,
+    experts: Any, active: Any, activation: tl.constexpr, gated: tl.constexpr,
+    precision: tl.constexpr, padded: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
+    block_k: tl.constexpr,
+) -> None:  # fmt: skip
     """Neurons h[slot, block_n of m]."""
     expert, slot, token, here = _rows(slots, loads, tokens, experts, active, padded, block_m)
     if expert == experts:
@@ -85,10 +89,10 @@ def moe_in(
 
 @triton.jit
 def moe_out(
-    h, weight, bias, gates, parts, slots, loads, y, tokens, m, n, experts, active, count,
-    precision: tl.constexpr, padded: tl.constexpr,
-    block_m: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
-):  # fmt: skip
+    h: Any, weight: Any, bias: Any, gates: Any, parts: Any, slots: Any, loads: Any, y: Any,
+    tokens: Any, m: Any, n: Any, experts: Any, active: Any, count: Any, precision: tl.constexpr,
+    padded: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
+) -> None:  # fmt: skip
     """Outputs y[slot, block_n of n], by gates[slot]; plus parts[slot * count + ...] and bias."""
     expert, slot, _, here = _rows(slots, loads, tokens, experts, active, padded, block_m)
     if expert == experts:
@@ -116,7 +120,9 @@ def moe_out(
 
 
 @triton.jit
-def moe_sum(parts, bias, y, size, n, count, block: tl.constexpr):
+def moe_sum(
+    parts: Any, bias: Any, y: Any, size: Any, n: Any, count: Any, block: tl.constexpr,
+) -> None:  # fmt: skip
     """y[token, n] = the sum of parts[token, count, n], in order, and bias."""
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     token, column = at // n, at % n

@@ -13,6 +13,7 @@ without tensor cores.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -30,17 +31,17 @@ from resplice.kernels.quant_linear import quant_linear as op
 
 
 @triton.jit
-def _steps(step, rows, columns, inside, groups, group):
+def _steps(step: Any, rows: Any, columns: Any, inside: Any, groups: Any, group: Any) -> Any:
     which = columns // group
     return tl.load(step + rows * groups + which, inside & (which < groups), other=0.0)
 
 
 @triton.jit
 def _tile_slices(
-    word, part, scale, acc, step, rows, places, inside, groups, group,
-    slot: tl.constexpr, stride: tl.constexpr, bits: tl.constexpr, per: tl.constexpr,
-    grouping: tl.constexpr, precision: tl.constexpr,
-):  # fmt: skip
+    word: Any, part: Any, scale: Any, acc: Any, step: Any, rows: Any, places: Any, inside: Any,
+    groups: Any, group: Any, slot: tl.constexpr, stride: tl.constexpr, bits: tl.constexpr,
+    per: tl.constexpr, grouping: tl.constexpr, precision: tl.constexpr,
+) -> Any:  # fmt: skip
     """Add slices slot, slot + stride ... of K; `part` [tokens, columns] holds their activations."""
     if stride < per:
         even, odd = evens_and_odds(part)
@@ -65,11 +66,11 @@ def _tile_slices(
 
 @triton.jit
 def quant_linear_tiles(
-    x, x_step, codes, step, bias, y, m, n, k, row_bytes, groups, group, tiles_each,
-    bits: tl.constexpr, per: tl.constexpr, width: tl.constexpr, grouping: tl.constexpr,
-    precision: tl.constexpr, last: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
-    words: tl.constexpr,
-):  # fmt: skip
+    x: Any, x_step: Any, codes: Any, step: Any, bias: Any, y: Any, m: Any, n: Any, k: Any,
+    row_bytes: Any, groups: Any, group: Any, tiles_each: Any, bits: tl.constexpr, per: tl.constexpr,
+    width: tl.constexpr, grouping: tl.constexpr, precision: tl.constexpr, last: tl.constexpr,
+    block_m: tl.constexpr, block_n: tl.constexpr, words: tl.constexpr,
+) -> None:  # fmt: skip
     """Outputs [block_m tokens, block_n rows] from `tiles_each` tiles of K.
 
     With `x_step`, x holds integer codes of activations, worth (x + 1/2) * x_step.
@@ -115,8 +116,9 @@ def quant_linear_tiles(
 
 @triton.jit
 def quant_linear_parts(
-    parts, x_step, step, bias, y, size, n, count, grouping: tl.constexpr, block: tl.constexpr
-):
+    parts: Any, x_step: Any, step: Any, bias: Any, y: Any, size: Any, n: Any, count: Any,
+    grouping: tl.constexpr, block: tl.constexpr,
+) -> None:  # fmt: skip
     """Sums over parts [count, size] of K, in order; then step and bias."""
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     acc = tl.zeros((block,), tl.float32)

@@ -7,6 +7,7 @@ transformed. A row of up to 64 blocks is loaded once, a longer one twice.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -17,12 +18,12 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from resplice.kernels.cuda.hadamard import LARGEST, programs, sign_matrix, transformed
 from resplice.kernels.cuda.launch import Config, by_reference, configured, current_arch, launch
 from resplice.kernels.gaussian_grid import ALPHA, TINY
+from resplice.kernels.quest_codes import quest_codes as codes_op
 from resplice.kernels.quest_quantize import rounded
-from resplice.ops import all_ops
 
 
 @triton.jit
-def _squares(values, block_m: tl.constexpr):
+def _squares(values: Any, block_m: tl.constexpr) -> Any:
     wide = tl.reshape(
         values.to(tl.float32), (block_m, values.shape[0] // block_m * values.shape[1])
     )
@@ -30,7 +31,7 @@ def _squares(values, block_m: tl.constexpr):
 
 
 @triton.jit
-def _levels(values, step, signs, scale, half: tl.constexpr):
+def _levels(values: Any, step: Any, signs: Any, scale: Any, half: tl.constexpr) -> Any:
     """The nearest level of each value, in steps of its row, plus 1/2; ties to even."""
     turned = values.to(tl.float32) if signs is None else transformed(values, signs) * scale
     place = tl.clamp(tl.div_rn(turned, step) + 0.5, 1.0 - half, half)
@@ -39,10 +40,10 @@ def _levels(values, step, signs, scale, half: tl.constexpr):
 
 @triton.jit
 def quest_quantize_rows(
-    x, y, steps, m, k, scale, alpha, tiny, bits: tl.constexpr, block: tl.constexpr,
-    order: tl.constexpr, result: tl.constexpr, once: tl.constexpr, block_m: tl.constexpr,
-    blocks: tl.constexpr,
-):  # fmt: skip
+    x: Any, y: Any, steps: Any, m: Any, k: Any, scale: Any, alpha: Any, tiny: Any,
+    bits: tl.constexpr, block: tl.constexpr, order: tl.constexpr, result: tl.constexpr,
+    once: tl.constexpr, block_m: tl.constexpr, blocks: tl.constexpr,
+) -> None:  # fmt: skip
     """Quantise rows, block_m at a time and of them `blocks` runs of `order` values at a time.
 
     `result`: "codes" (-2**(bits-1) to 2**(bits-1) - 1, and the steps), "values", or "back" (values
@@ -121,9 +122,8 @@ def quest_quantize(
 def quest_codes(x: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
     """See `resplice.kernels.quest_codes`; orders above 128 are left to the reference."""
     if block > LARGEST or x.dtype == torch.float64:
-        op = all_ops()["quest_codes"]
         found: tuple[Tensor, Tensor] = by_reference(
-            op, f"is {x.dtype} in blocks of {block}", x, bits, block
+            codes_op, f"is {x.dtype} in blocks of {block}", x, bits, block
         )
         return found
     codes = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)

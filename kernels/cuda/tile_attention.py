@@ -20,6 +20,7 @@ from torch import Tensor
 
 from resplice.kernels.cuda.launch import (
     Config,
+    by_reference,
     configured,
     current_arch,
     launch,
@@ -210,6 +211,6 @@ def tile_attention(
     """The op on a GPU, without gradients; float64 goes the way of the CPU."""
     args = (q, k, v, canvas, tile, windows, text_length, text_first, mask, scale)
     if q.dtype == torch.float64:
-        return op.fast(*args)
+        return by_reference(op, "is float64", *args, fast=True)
     problem = TileProblem.of(q, canvas, tile, windows, text_length, text_first, scale)
     return attend(*aligned(q, k, v), mask, problem, False)[0]

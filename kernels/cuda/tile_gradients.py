@@ -35,7 +35,7 @@ def tile_attention_delta(
     heads: tl.tensor, tokens: tl.tensor,
     dv: tl.constexpr, width_v: tl.constexpr, wide: tl.constexpr, block_m: tl.constexpr,
 ) -> None:  # fmt: skip
-    """delta = sum over channels of out * grad, float32 [B,heads,S]."""
+    """Delta = sum over channels of out * grad, float32 [B,heads,S]."""
     pair = tl.program_id(1)
     head, batch = (pair % heads).to(tl.int64), (pair // heads).to(tl.int64)
     rows = tl.program_id(0) * block_m + tl.arange(0, block_m)

@@ -39,8 +39,8 @@ from resplice.kernels.tile_attention import tile_attention as op
 
 @triton.jit
 def online(
-    scores: tl.tensor, values: tl.tensor, total: tl.tensor, peak: tl.tensor, result: tl.tensor, masked: tl.constexpr,
-    precision: tl.constexpr,
+    scores: tl.tensor, values: tl.tensor, total: tl.tensor, peak: tl.tensor, result: tl.tensor,
+    masked: tl.constexpr, precision: tl.constexpr,
 ) -> Any:  # fmt: skip
     """One step of the online softmax.
 
@@ -68,14 +68,16 @@ def online(
 
 @triton.jit
 def tile_attention_forward(
-    q: tl.tensor, k: tl.tensor, v: tl.tensor, mask: tl.tensor, out: tl.tensor, logsum: tl.tensor, table: tl.tensor,
-    q_batch: tl.tensor, q_head: tl.tensor, q_token: tl.tensor, k_batch: tl.tensor, k_head: tl.tensor, k_token: tl.tensor,
-    v_batch: tl.tensor, v_head: tl.tensor, v_token: tl.tensor, out_batch: tl.tensor, out_head: tl.tensor, out_token: tl.tensor,
-    mask_batch: tl.tensor, mask_head: tl.tensor, mask_key: tl.tensor,
-    heads: tl.tensor, t: tl.tensor, h: tl.tensor, w: tl.tensor, text: tl.tensor, image_start: tl.tensor, text_start: tl.tensor, scale: tl.tensor,
-    d: tl.constexpr, dv: tl.constexpr, width: tl.constexpr, width_v: tl.constexpr,
-    masking: tl.constexpr, mask_image: tl.constexpr, saves: tl.constexpr, wide: tl.constexpr,
-    precision: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, mask: tl.tensor, out: tl.tensor, logsum: tl.tensor,
+    table: tl.tensor, q_batch: tl.tensor, q_head: tl.tensor, q_token: tl.tensor,
+    k_batch: tl.tensor, k_head: tl.tensor, k_token: tl.tensor, v_batch: tl.tensor,
+    v_head: tl.tensor, v_token: tl.tensor, out_batch: tl.tensor, out_head: tl.tensor,
+    out_token: tl.tensor, mask_batch: tl.tensor, mask_head: tl.tensor, mask_key: tl.tensor,
+    heads: tl.tensor, t: tl.tensor, h: tl.tensor, w: tl.tensor, text: tl.tensor,
+    image_start: tl.tensor, text_start: tl.tensor, scale: tl.tensor, d: tl.constexpr,
+    dv: tl.constexpr, width: tl.constexpr, width_v: tl.constexpr, masking: tl.constexpr,
+    mask_image: tl.constexpr, saves: tl.constexpr, wide: tl.constexpr, precision: tl.constexpr,
+    block_m: tl.constexpr, block_n: tl.constexpr,
 ) -> None:  # fmt: skip
     """Attention of `block_m` queries; see `attend` for the arguments."""
     block, pair = tl.program_id(0), tl.program_id(1)

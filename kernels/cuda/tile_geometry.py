@@ -93,8 +93,8 @@ def row_pointers(
 
 @triton.jit
 def load_rows(
-    base: tl.tensor, tokens: tl.tensor, stride: tl.tensor, valid: tl.tensor, size: tl.constexpr, width: tl.constexpr,
-    wide: tl.constexpr, partial: tl.constexpr,
+    base: tl.tensor, tokens: tl.tensor, stride: tl.tensor, valid: tl.tensor, size: tl.constexpr,
+    width: tl.constexpr, wide: tl.constexpr, partial: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Rows [tokens, width] of a tensor with `size` channels; zeros where they end.
 
@@ -122,8 +122,8 @@ def load_rows(
 
 @triton.jit
 def store_rows(
-    base: tl.tensor, tokens: tl.tensor, stride: tl.tensor, valid: tl.tensor, values: tl.tensor, size: tl.constexpr,
-    width: tl.constexpr, wide: tl.constexpr,
+    base: tl.tensor, tokens: tl.tensor, stride: tl.tensor, valid: tl.tensor, values: tl.tensor,
+    size: tl.constexpr, width: tl.constexpr, wide: tl.constexpr,
 ) -> None:  # fmt: skip
     """Store the valid rows of [tokens, width], in the dtype of the tensor."""
     pointers = row_pointers(base, tokens, stride, width, wide)

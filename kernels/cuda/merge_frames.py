@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from resplice.kernels.cuda.launch import Config, configured, current_arch, launch
 from resplice.kernels.merge_frames import group_count
@@ -81,7 +82,7 @@ def merge_frames(x: Tensor, dim: int, frames: int, inner: int, pair: int) -> Ten
     out = _result(x, dim, frames, groups)
     chosen = configured("merge_frames_mean", configs(current_arch(), width))
     blocks = rows * groups * triton.cdiv(width, chosen.constants["block"])
-    if blocks:
+    if not statically_known_true(blocks == 0):
         launch(
             merge_frames_mean, (blocks,), x=source, out=out, frames=frames, groups=groups,
             width=width, pair=pair, double=x.dtype == torch.float64, **chosen.options,
@@ -96,7 +97,7 @@ def unmerge_frames(x: Tensor, dim: int, frames: int, inner: int, pair: int) -> T
     out = _result(x, dim, groups, frames)
     chosen = configured("unmerge_frames_copy", configs(current_arch(), width))
     blocks = rows * frames * triton.cdiv(width, chosen.constants["block"])
-    if blocks:
+    if not statically_known_true(blocks == 0):
         launch(
             unmerge_frames_copy, (blocks,), x=source, out=out, frames=frames, groups=groups,
             width=width, pair=pair, **chosen.options,

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from resplice.kernels.cuda.launch import (
     Config,
@@ -158,15 +159,16 @@ def rotate(
     results = [None if x is None else torch.empty_like(x) for x in (q, k)]
     arguments: dict[str, Any] = {}
     for name, x, result in (("q", q, results[0]), ("k", k, results[1])):
-        arguments |= _described(name, x, token_axis) | _described(f"{name}_out", result, token_axis)
-    shared = 0 if positions.shape[1] == 1 else positions.stride(1)
+        arguments |= _strides(name, x, token_axis) | _strides(f"{name}_out", result, token_axis)
+        arguments |= _heads(name, x, token_axis)
+    one = statically_known_true(positions.shape[1] == 1)
     blocks = triton.cdiv(tokens, chosen.constants["block_s"])
-    for name in ("q_out_heads", "q_out_inside", "k_out_heads", "k_out_inside"):
-        del arguments[name]
     launch(
         rope3d_rotate, (blocks, q.shape[0]),
-        **arguments, positions=positions, inv_freq=inv_freq, axis_map=constant(axis_map, q),
-        row=positions.stride(0), row_batch=shared, row_token=positions.stride(2), tokens=tokens,
+        **arguments, positions=positions, inv_freq=inv_freq.contiguous(),
+        axis_map=constant(axis_map, q),
+        row=positions.stride(0), row_batch=0 if one else positions.stride(1),
+        row_token=positions.stride(2), tokens=tokens,
         scaling=float(scaling), n=n, width=triton.next_power_of_2(n), pairs=pairs,
         both=k is not None, **chosen.options,
     )  # fmt: skip
@@ -174,16 +176,23 @@ def rotate(
     return results[0], results[1]
 
 
-def _described(name: str, x: Tensor | None, token_axis: int) -> dict[str, Any]:
-    """A tensor as [B, outer, S, inner, 2N]: itself, four strides and the number of heads."""
+def _strides(name: str, x: Tensor | None, token_axis: int) -> dict[str, Any]:
+    """A tensor, and its strides as [B, outer, S, inner, 2N]."""
     if x is None:
-        counts = dict.fromkeys((f"{name}_heads", f"{name}_inside"), 0)
-        return {name: None, **{f"{name}_{place}": 0 for place in PLACES}, **counts}
+        return {name: None, **{f"{name}_{place}": 0 for place in PLACES}}
     axis = x.dim() + token_axis
-    outer, inner = math.prod(x.shape[1:axis]), math.prod(x.shape[axis + 1 : -1])
     strides = [x.stride(0), _step(x, 1, axis), x.stride(axis), _step(x, axis + 1, x.dim() - 1)]
     named = {f"{name}_{place}": step for place, step in zip(PLACES, strides, strict=True)}
-    return {name: x, **named, f"{name}_heads": outer * inner, f"{name}_inside": inner}
+    return {name: x, **named}
+
+
+def _heads(name: str, x: Tensor | None, token_axis: int) -> dict[str, Any]:
+    """Heads in all, and those inside the tokens."""
+    if x is None:
+        return {f"{name}_heads": 0, f"{name}_inside": 0}
+    axis = x.dim() + token_axis
+    inside = math.prod(x.shape[axis + 1 : -1])
+    return {f"{name}_heads": math.prod(x.shape[1:axis]) * inside, f"{name}_inside": inside}
 
 
 def _step(x: Tensor, first: int, stop: int) -> int:
@@ -197,7 +206,8 @@ def _flat(x: Tensor, token_axis: int) -> Tensor:
     even = x.stride(-1) == 1
     for first, stop in ((1, axis), (axis + 1, x.dim() - 1)):
         for place in range(first, stop - 1):
-            even = even and x.stride(place) == x.stride(place + 1) * x.shape[place + 1]
+            step = x.stride(place + 1) * x.shape[place + 1]
+            even = even and statically_known_true(x.stride(place) == step)
     return x if even else x.contiguous()
 
 

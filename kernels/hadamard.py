@@ -16,6 +16,7 @@ from torch import Tensor
 
 from resplice.cost import Cost
 from resplice.errors import OpError
+from resplice.kernels import quant_fast
 from resplice.ops import OpSample, op
 
 
@@ -59,11 +60,17 @@ def _samples() -> Iterator[OpSample]:
     yield OpSample("not a power of two", (torch.randn(3, 36), 12), refused="not a power of two")
 
 
+def _fast(x: Tensor, block: int) -> Tensor:
+    found = quant_fast.hadamard(x, block)
+    return hadamard.reference(x, block) if found is None else found
+
+
 @op(
     "hadamard(Tensor x, int block) -> Tensor",
     verify=_verify,
     cost=_cost,
     fake=lambda x, block: torch.empty_like(x, memory_format=torch.contiguous_format),
+    fast=_fast,
     samples=_samples,
 )
 def hadamard(x: Tensor, block: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from resplice.cost import Cost
 from resplice.errors import OpError
+from resplice.kernels import quant_fast
 from resplice.kernels.gaussian_grid import from_codes
 from resplice.kernels.packing import pack, packed_bytes, unpack
 from resplice.ops import OpSample, op
@@ -117,12 +118,22 @@ def _samples() -> Iterator[OpSample]:
     )
 
 
+def _fast(
+    x: Tensor, codes: Tensor, step: Tensor, bias: Tensor | None, bits: int, group: int
+) -> Tensor:
+    found = quant_fast.linear(x, codes, step, bias, bits, group)
+    if found is None:
+        found = quant_linear.reference(x, codes, step, bias, bits, group)
+    return found
+
+
 @op(
     "quant_linear(Tensor x, Tensor codes, Tensor step, Tensor? bias, int bits, int group)"
     " -> Tensor",
     verify=_verify,
     cost=_cost,
     fake=_fake,
+    fast=_fast,
     parameters=lambda x, codes, step, *_: codes.shape[0] * x.shape[-1] - step.numel(),
     samples=_samples,
 )

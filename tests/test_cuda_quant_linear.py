@@ -98,6 +98,19 @@ def test_leading_axes_and_strides() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_89", "sm_90", "gfx942"])
+def test_all_candidates_run(arch: str, tmp_path: Path) -> None:
+    """Shared memory is within the architecture's (`compiled` asserts it) for every candidate."""
+    for bits in (1, 4):
+        args = [meta(4096, 1024), meta(512, 128 * bits, dtype=torch.uint8)]
+        args += [meta(512, 1, dtype=torch.float32), None, bits, 0]
+        for config in cuda.configs(arch, torch.bfloat16, bits, 4096):
+            with using(quant_linear_tiles=config):
+                (item,) = launches(cuda.quant_linear, args, arch)
+            assert compiled(item, arch, tmp_path).tensor_core > 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("bits", BITS)
 def test_compiled_code(arch: str, bits: int, tmp_path: Path) -> None:

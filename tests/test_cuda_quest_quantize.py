@@ -17,8 +17,10 @@ from resplice.kernels.cuda import quest_quantize as cuda
 from resplice.kernels.cuda.launch import Config, using
 from resplice.kernels.gaussian_grid import grid_step
 from resplice.kernels.hadamard import hadamard
+from resplice.kernels.quest_codes import quest_codes
 from resplice.kernels.quest_quantize import rounded
 
+CODES = [sample for sample in quest_codes.samples() if not sample.refused]
 SAMPLES = [sample for sample in rounded.samples() if not sample.refused]
 
 
@@ -65,6 +67,25 @@ def test_block_sizes(sizes: tuple[int, int]) -> None:
     with using(quest_quantize_rows=config):
         assert holds(torch.randn(5, 640), 4, 128, 0.0, "trust", True)
         assert holds(torch.randn(3, 96), 3, 32, 0.0, "ste", False)
+
+
+@pytest.mark.parametrize("sample", CODES, ids=lambda s: s.label)
+def test_samples_of_codes(sample: Any) -> None:
+    with poison():
+        found = cuda.quest_codes(*sample.args)
+    for one, other in zip(found, quest_codes.reference(*sample.args), strict=True):
+        assert error(one, other) <= bar(torch.float32)
+
+
+@pytest.mark.parametrize(("size", "block", "bits"), [(384, 128, 4), (20, 1, 1), (96, 32, 8)])
+def test_codes_and_steps_are_those_of_the_values(size: int, block: int, bits: int) -> None:
+    x = torch.randn(2, 3, size)
+    x[0, 0] = 0
+    with poison():
+        codes, step = cuda.quest_codes(x, bits, block)
+        values = cuda.quest_quantize(x, bits, block, 0.0, "trust", False)
+    assert (codes.dtype, step.shape) == (torch.int8, (2, 3, 1))
+    assert torch.equal((codes + 0.5) * step, values)
 
 
 def test_rows_of_zeros_and_outliers() -> None:

@@ -497,6 +497,7 @@ _RULES: dict[str, Rule] = {
     "aten::repeat_interleave": _repeat_interleave,
     "resplice::merge_frames": _merge_frames, "resplice::unmerge_frames": _unmerge_frames,
     "resplice::quant_linear": _same_but_last, "resplice::hadamard": _as_first,
+    "resplice::code_linear": _same_but_last,
     **dict.fromkeys(("aten::mean", "aten::sum"), _reduce),
     "aten::matmul": _matmul, "aten::permute": _permute, "aten::stack": _stack,
     "aten::slice": _slice, "aten::select": _select, "aten::outer": _outer,

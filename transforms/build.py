@@ -80,6 +80,17 @@ class Builder:
         """`aten.reshape`."""
         return self(torch.ops.aten.reshape.default, node, list(sizes))
 
+    def several(self, values: Sequence[fx.Node]) -> fx.Node:
+        """Give one value per result to the readers of a node with several results.
+
+        Returns:
+            A node for `replace_node`, which then finds no reader left.
+        """
+        for user in list(self.before.users):
+            user.replace_all_uses_with(values[int(user.args[1])])  # type: ignore[arg-type]  # getitem
+            self.program.graph.erase_node(user)
+        return values[-1]
+
     def _finish(self, node: fx.Node) -> fx.Node:
         infer_node(self.program, node)
         inherit(node, self.of, self.made_by)

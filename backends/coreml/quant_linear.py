@@ -20,6 +20,7 @@ from torch import fx
 from resplice.backends.coreml.builder import CoremlBuilder
 from resplice.backends.coreml.mil_op import BLOCK_WEIGHT, LUT_WEIGHT
 from resplice.kernels.packing import unpack
+from resplice.kernels.quest_codes import float_codes
 from resplice.kernels.quant_linear import dequantize
 
 aten = torch.ops.aten
@@ -42,6 +43,19 @@ def lower(
         dense = build.weight(f"{codes.target}_dense", weight)
         result = build(aten.linear.default, x, dense)
     return result if bias is None else build(aten.add.Tensor, result, bias)
+
+
+def lower_codes(
+    build: CoremlBuilder, x: fx.Node, x_step: fx.Node, codes: fx.Node, step: fx.Node,
+    bias: fx.Node | None, bits: int, group: int, x_bits: int,
+) -> fx.Node:  # fmt: skip
+    """Replace one code_linear: there is no integer arithmetic, so codes become their values.
+
+    (a + 1/2) * x_step, once for all readers, and then what quant_linear becomes.
+    """
+    middle = build.shared(aten.add.Tensor, float_codes(build, x), 0.5)
+    value = build.shared(aten.mul.Tensor, middle, x_step)
+    return lower(build, value, codes, step, bias, bits, group)
 
 
 def _by_table(

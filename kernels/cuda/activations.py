@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def activated(z, kind: tl.constexpr):
+def activated(z: Any, kind: tl.constexpr) -> Any:
     """`moe_routing.ACTIVATIONS` of float32 values; tanh by way of the sigmoid."""
     tl.static_assert(
         kind == "silu" or kind == "gelu" or kind == "gelu_tanh" or kind == "gelu_sigmoid"

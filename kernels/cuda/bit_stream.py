@@ -9,6 +9,8 @@ change places in memory. Activations are taken apart in registers, by splitting 
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -21,7 +23,9 @@ def period(bits: int, wide: bool = False) -> tuple[int, int]:
 
 
 @triton.jit
-def load_words(codes, rows, places, inside, row_bytes, width: tl.constexpr):
+def load_words(
+    codes: Any, rows: Any, places: Any, inside: Any, row_bytes: Any, width: tl.constexpr,
+) -> Any:  # fmt: skip
     """Words [rows, places] as int32; zero outside.
 
     `codes` points to bytes, or to int32 where `width` is 4 and rows are whole numbers of those.
@@ -50,7 +54,7 @@ def load_words(codes, rows, places, inside, row_bytes, width: tl.constexpr):
 
 
 @triton.jit
-def level(word, place: tl.constexpr, bits: tl.constexpr, kind: tl.constexpr):
+def level(word: Any, place: tl.constexpr, bits: tl.constexpr, kind: tl.constexpr) -> Any:
     """Levels in units of the step: code - 2**(bits-1) + 1/2, exact in `kind`.
 
     The code becomes the low bits of a number whose last bit is worth 1/2: an integer `or` and one
@@ -68,6 +72,6 @@ def level(word, place: tl.constexpr, bits: tl.constexpr, kind: tl.constexpr):
 
 
 @triton.jit
-def evens_and_odds(values):
+def evens_and_odds(values: Any) -> Any:
     """Columns 0, 2, 4 ... and 1, 3, 5 ... of [rows, columns]."""
     return tl.split(tl.reshape(values, (values.shape[0], values.shape[1] // 2, 2)))

@@ -9,6 +9,7 @@ order 16; orders above 128 are transforms of order 128 and of the rest, one afte
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -25,7 +26,7 @@ LARGEST = 128
 
 
 @triton.jit
-def sign_matrix(order: tl.constexpr, block: tl.constexpr, kind: tl.constexpr):
+def sign_matrix(order: tl.constexpr, block: tl.constexpr, kind: tl.constexpr) -> Any:
     """Transforms of order `block` along the diagonal, without their scale: [order, order].
 
     `kind` is the type of the values; the signs of 32-bit ones are bfloat16.
@@ -41,7 +42,7 @@ def sign_matrix(order: tl.constexpr, block: tl.constexpr, kind: tl.constexpr):
 
 
 @triton.jit
-def transformed(values, signs):
+def transformed(values: Any, signs: Any) -> Any:
     """Values [rows, order] times `sign_matrix`, float32, without the scale."""
     zero = tl.zeros(values.shape, tl.float32)
     if values.dtype == tl.float32:
@@ -57,9 +58,9 @@ def transformed(values, signs):
 
 @triton.jit
 def hadamard_blocks(
-    x, y, size, scale, tiles, order: tl.constexpr, block: tl.constexpr, stride: tl.constexpr,
-    block_rows: tl.constexpr,
-):  # fmt: skip
+    x: Any, y: Any, size: Any, scale: Any, tiles: Any, order: tl.constexpr, block: tl.constexpr,
+    stride: tl.constexpr, block_rows: tl.constexpr,
+) -> None:  # fmt: skip
     """Transform elements i*stride of runs of block*stride elements; `size` elements in all."""
     signs = sign_matrix(order, block, x.dtype.element_ty)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):

@@ -20,11 +20,15 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from resplice.kernels.cuda.activations import activated
 from resplice.kernels.cuda.launch import Config, by_reference, configured, current_arch, launch
 from resplice.kernels.cuda.moe_routing import block_of, sent
+from resplice.kernels.cuda.pruning import fitting
 from resplice.kernels.moe_ffn import moe_ffn as op
 
 
 @triton.jit
-def _rows(slots, loads, tokens, experts, active, padded: tl.constexpr, block_m: tl.constexpr):
+def _rows(
+    slots: Any, loads: Any, tokens: Any, experts: Any, active: Any, padded: tl.constexpr,
+    block_m: tl.constexpr,
+) -> Any:  # fmt: skip
     """Expert, slots and tokens of this block of rows, and which of them are there.
 
     Without `slots` every expert gets every token, in blocks of block_m.
@@ -47,10 +51,11 @@ def _rows(slots, loads, tokens, experts, active, padded: tl.constexpr, block_m: 
 
 @triton.jit
 def moe_in(
-    x, weight, bias, slots, loads, h, tokens, d, m, experts, active,
-    activation: tl.constexpr, gated: tl.constexpr, precision: tl.constexpr, padded: tl.constexpr,
-    block_m: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
-):  # fmt: skip
+    x: Any, weight: Any, bias: Any, slots: Any, loads: Any, h: Any, tokens: Any, d: Any, m: Any,
+    experts: Any, active: Any, activation: tl.constexpr, gated: tl.constexpr,
+    precision: tl.constexpr, padded: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
+    block_k: tl.constexpr,
+) -> None:  # fmt: skip
     """Neurons h[slot, block_n of m]."""
     expert, slot, token, here = _rows(slots, loads, tokens, experts, active, padded, block_m)
     if expert == experts:
@@ -84,10 +89,10 @@ def moe_in(
 
 @triton.jit
 def moe_out(
-    h, weight, bias, gates, parts, slots, loads, y, tokens, m, n, experts, active, count,
-    precision: tl.constexpr, padded: tl.constexpr,
-    block_m: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
-):  # fmt: skip
+    h: Any, weight: Any, bias: Any, gates: Any, parts: Any, slots: Any, loads: Any, y: Any,
+    tokens: Any, m: Any, n: Any, experts: Any, active: Any, count: Any, precision: tl.constexpr,
+    padded: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
+) -> None:  # fmt: skip
     """Outputs y[slot, block_n of n], by gates[slot]; plus parts[slot * count + ...] and bias."""
     expert, slot, _, here = _rows(slots, loads, tokens, experts, active, padded, block_m)
     if expert == experts:
@@ -115,7 +120,9 @@ def moe_out(
 
 
 @triton.jit
-def moe_sum(parts, bias, y, size, n, count, block: tl.constexpr):
+def moe_sum(
+    parts: Any, bias: Any, y: Any, size: Any, n: Any, count: Any, block: tl.constexpr,
+) -> None:  # fmt: skip
     """y[token, n] = the sum of parts[token, count, n], in order, and bias."""
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     token, column = at // n, at % n
@@ -147,15 +154,22 @@ def configs(arch: str, dtype: torch.dtype, rows: int, accumulators: int) -> list
         sizes = {"block_m": block_m, "block_n": block_n, "block_k": block_k}
         return Config(sizes, warps, stages)
 
+    def loaded(config: Config) -> int:
+        sizes = config.constants
+        lines = sizes["block_m"] + accumulators * sizes["block_n"]
+        return int(lines * sizes["block_k"] * dtype.itemsize)
+
+    wide = 128 // accumulators
     if statically_known_true(rows <= 16):
         block_k = 128 if dtype.itemsize == 2 else 32
-        return [of(16, 32, block_k, 4), of(16, 64, 64, 4), of(16, 16, 128, 2)]
-    if dtype.itemsize == 4:
-        return [of(64, 64 // accumulators, 32, 4), of(32, 32, 32, 4)]
-    if statically_known_true(rows <= 64):
-        return [of(64, 64, 64, 4), of(32, 64, 64, 4)]
-    wide = 128 // accumulators
-    return [of(128, wide, 64, 8), of(64, wide, 64, 4), of(128, 2 * wide, 64, 8)]
+        every = [of(16, 32, block_k, 4), of(16, 64, 64, 4), of(16, 16, 128, 2)]
+    elif dtype.itemsize == 4:
+        every = [of(64, wide // 2, 32, 4), of(32, 32, 32, 4)]
+    elif statically_known_true(rows <= 64):
+        every = [of(64, 64, 64, 4), of(32, 64, 64, 4)]
+    else:
+        every = [of(128, wide, 64, 8), of(64, wide, 64, 4), of(128, 2 * wide, 64, 8)]
+    return fitting(every, arch, loaded, accumulators)
 
 
 # ---- the op ------------------------------------------------------------------------------

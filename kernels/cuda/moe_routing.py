@@ -7,6 +7,8 @@ the chosen experts of a token are ranked by their number.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -18,9 +20,9 @@ from resplice.kernels.cuda.launch import Config, configured, current_arch, launc
 
 @triton.jit
 def _projected(
-    tokens, router, bias, rows, valid, part, inside, d, columns: tl.constexpr,
-    precision: tl.constexpr, block_k: tl.constexpr,
-):  # fmt: skip
+    tokens: Any, router: Any, bias: Any, rows: Any, valid: Any, part: Any, inside: Any, d: Any,
+    columns: tl.constexpr, precision: tl.constexpr, block_k: tl.constexpr,
+) -> Any:  # fmt: skip
     """Tokens [block, d] times rows of the router, plus bias: float32 [block, columns]."""
     acc = tl.zeros((part.shape[0], columns), tl.float32)
     lane = tl.arange(0, block_k)
@@ -37,7 +39,7 @@ def _projected(
 
 
 @triton.jit
-def _largest(wanted, scores, number, count, active: tl.constexpr):
+def _largest(wanted: Any, scores: Any, number: Any, count: Any, active: tl.constexpr) -> Any:
     """Which `active` of the first `count` columns are largest; see `moe_routing.route` for ties."""
     lowest = float("-inf")
     wanted = tl.where(wanted == wanted, wanted, lowest)
@@ -57,11 +59,11 @@ def _largest(wanted, scores, number, count, active: tl.constexpr):
 
 @triton.jit
 def moe_route(
-    x, router, bias, gate_scale, balance, choice, gates, tokens, d, experts, each,
-    active: tl.constexpr, activation: tl.constexpr, gated: tl.constexpr, score: tl.constexpr,
-    precision: tl.constexpr, padded: tl.constexpr, share: tl.constexpr, block_t: tl.constexpr,
-    block_k: tl.constexpr,
-):  # fmt: skip
+    x: Any, router: Any, bias: Any, gate_scale: Any, balance: Any, choice: Any, gates: Any,
+    tokens: Any, d: Any, experts: Any, each: Any, active: tl.constexpr, activation: tl.constexpr,
+    gated: tl.constexpr, score: tl.constexpr, precision: tl.constexpr, padded: tl.constexpr,
+    share: tl.constexpr, block_t: tl.constexpr, block_k: tl.constexpr,
+) -> None:  # fmt: skip
     """Choose experts for block_t tokens.
 
     `each` representatives per expert (1 for a linear router) lie in a table of `padded` experts by
@@ -105,7 +107,9 @@ def moe_route(
 
 
 @triton.jit
-def moe_dispatch(choice, slots, loads, tokens, active, block: tl.constexpr):
+def moe_dispatch(
+    choice: Any, slots: Any, loads: Any, tokens: Any, active: Any, block: tl.constexpr,
+) -> None:  # fmt: skip
     """List the slots of one expert in the order of tokens: slots[expert, place], loads[expert]."""
     expert = tl.program_id(0)
     start, count = expert.to(tl.int64) * tokens, 0
@@ -120,7 +124,9 @@ def moe_dispatch(choice, slots, loads, tokens, active, block: tl.constexpr):
 
 
 @triton.jit
-def block_of(loads, tile, experts, padded: tl.constexpr, block_m: tl.constexpr):
+def block_of(
+    loads: Any, tile: Any, experts: Any, padded: tl.constexpr, block_m: tl.constexpr,
+) -> Any:  # fmt: skip
     """Expert of a block of rows, its number among that expert's, and the expert's load.
 
     Blocks are numbered by expert; past the last one the expert is `experts`.

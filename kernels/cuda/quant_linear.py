@@ -13,6 +13,7 @@ without tensor cores.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -23,23 +24,24 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from resplice.kernels.cuda.bit_stream import evens_and_odds, level, load_words, period
 from resplice.kernels.cuda.launch import Config, by_reference, configured, current_arch, launch
 from resplice.kernels.cuda.processors import PROCESSORS
+from resplice.kernels.cuda.pruning import fitting
 from resplice.kernels.quant_linear import quant_linear as op
 
 # ---- kernels -----------------------------------------------------------------------------
 
 
 @triton.jit
-def _steps(step, rows, columns, inside, groups, group):
+def _steps(step: Any, rows: Any, columns: Any, inside: Any, groups: Any, group: Any) -> Any:
     which = columns // group
     return tl.load(step + rows * groups + which, inside & (which < groups), other=0.0)
 
 
 @triton.jit
 def _tile_slices(
-    word, part, scale, acc, step, rows, places, inside, groups, group,
-    slot: tl.constexpr, stride: tl.constexpr, bits: tl.constexpr, per: tl.constexpr,
-    grouping: tl.constexpr, precision: tl.constexpr,
-):  # fmt: skip
+    word: Any, part: Any, scale: Any, acc: Any, step: Any, rows: Any, places: Any, inside: Any,
+    groups: Any, group: Any, slot: tl.constexpr, stride: tl.constexpr, bits: tl.constexpr,
+    per: tl.constexpr, grouping: tl.constexpr, precision: tl.constexpr,
+) -> Any:  # fmt: skip
     """Add slices slot, slot + stride ... of K; `part` [tokens, columns] holds their activations."""
     if stride < per:
         even, odd = evens_and_odds(part)
@@ -64,13 +66,14 @@ def _tile_slices(
 
 @triton.jit
 def quant_linear_tiles(
-    x, codes, step, bias, y, m, n, k, row_bytes, groups, group, tiles_each,
-    bits: tl.constexpr, per: tl.constexpr, width: tl.constexpr, grouping: tl.constexpr,
-    precision: tl.constexpr, last: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
-    words: tl.constexpr,
-):  # fmt: skip
+    x: Any, x_step: Any, codes: Any, step: Any, bias: Any, y: Any, m: Any, n: Any, k: Any,
+    row_bytes: Any, groups: Any, group: Any, tiles_each: Any, bits: tl.constexpr, per: tl.constexpr,
+    width: tl.constexpr, grouping: tl.constexpr, precision: tl.constexpr, last: tl.constexpr,
+    block_m: tl.constexpr, block_n: tl.constexpr, words: tl.constexpr,
+) -> None:  # fmt: skip
     """Outputs [block_m tokens, block_n rows] from `tiles_each` tiles of K.
 
+    With `x_step`, x holds integer codes of activations, worth (x + 1/2) * x_step.
     `grouping`: one step per row (0), or groups of whole tiles (1), of whole words (2), of any size
     (3). `last`: the whole of K is in this program, so step and bias are applied; otherwise the
     float32 sums go to y[part of K].
@@ -87,7 +90,9 @@ def quant_linear_tiles(
         columns = (tile * block_k + column)[None, :]
         word = load_words(codes, rows[:, None], places, some, row_bytes, width)
         here = (tokens[:, None] < m) & (columns < k)
-        part = tl.load(x + tokens[:, None] * k + columns, here, other=0.0)
+        part = tl.load(x + tokens[:, None] * k + columns, here, other=0)
+        if x_step is not None:
+            part = tl.where(here, part.to(tl.float32) + 0.5, 0.0)
         scale = 1.0
         if grouping == 1:
             scale = tl.load(step + rows[:, None] * groups + tile * block_k // group, some)
@@ -98,6 +103,8 @@ def quant_linear_tiles(
             0, 1, bits, per, grouping, precision,
         )  # fmt: skip
     if last:
+        if x_step is not None:
+            acc *= tl.load(x_step + tokens, tokens < m, other=0.0)[None, :]
         if grouping == 0:
             acc *= tl.load(step + rows, rows < n, other=0.0)[:, None]
         if bias is not None:
@@ -109,14 +116,17 @@ def quant_linear_tiles(
 
 @triton.jit
 def quant_linear_parts(
-    parts, step, bias, y, size, n, count, grouping: tl.constexpr, block: tl.constexpr
-):
+    parts: Any, x_step: Any, step: Any, bias: Any, y: Any, size: Any, n: Any, count: Any,
+    grouping: tl.constexpr, block: tl.constexpr,
+) -> None:  # fmt: skip
     """Sums over parts [count, size] of K, in order; then step and bias."""
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     acc = tl.zeros((block,), tl.float32)
     for part in range(count):
         acc += tl.load(parts + part * size + at, at < size, other=0.0)
     row = at % n
+    if x_step is not None:
+        acc *= tl.load(x_step + at // n, at < size, other=0.0)
     if grouping == 0:
         acc *= tl.load(step + row, at < size, other=0.0)
     if bias is not None:
@@ -136,10 +146,15 @@ def configs(arch: str, dtype: torch.dtype, bits: int, m: int) -> list[Config]:
         bits: Per weight.
         m: Tokens; may be symbolic.
     """
-    per, _ = period(bits)
+    per, width = period(bits)
     stages = 2 if arch.startswith("gfx") else 3
     narrow = statically_known_true(m <= 64)
     wide = dtype.itemsize == 4
+
+    def loaded(config: Config) -> int:
+        sizes = config.constants
+        row = sizes["words"] * per * dtype.itemsize
+        return int(sizes["block_m"] * row + sizes["block_n"] * sizes["words"] * width)
 
     def of(block_m: int, block_n: int, block_k: int, warps: int) -> Config:
         words = max(16, block_k // per)
@@ -148,12 +163,14 @@ def configs(arch: str, dtype: torch.dtype, bits: int, m: int) -> list[Config]:
     if narrow:
         rows = next(size for size in (16, 32, 64) if statically_known_true(m <= size))
         long = (256 if per > 2 else 128) // (1 + wide)
-        return [of(rows, 64, long, 4), of(rows, 32, long, 4), of(rows, 64, 64, 4)]
-    if wide:
-        return [of(64, 64, 32, 4), of(64, 64, 64, 4)]
-    if per == 8:
-        return [of(64, 128, 128, 8), of(64, 64, 128, 4)]
-    return [of(128, 128, 64, 8), of(64, 128, 64, 4), of(128, 64, 64, 4), of(128, 256, 64, 8)]
+        every = [of(rows, 64, long, 4), of(rows, 32, long, 4), of(rows, 64, 64, 4)]
+    elif wide:
+        every = [of(64, 64, 32, 4), of(64, 64, 64, 4)]
+    elif per == 8:
+        every = [of(64, 128, 128, 8), of(64, 64, 128, 4)]
+    else:
+        every = [of(128, 128, 64, 8), of(64, 128, 64, 4), of(128, 64, 64, 4), of(128, 256, 64, 8)]
+    return fitting(every, arch, loaded)
 
 
 # ---- the op ------------------------------------------------------------------------------
@@ -173,17 +190,22 @@ def quant_linear(
     y = x.new_empty((*x.shape[:-1], n))
     if statically_known_true(tokens.shape[0] == 0):
         return y
-    _multiply(tokens, codes.contiguous(), step.contiguous(), bias, y, bits, group)
+    multiply(tokens, codes.contiguous(), step.contiguous(), bias, y, bits, group)
     return y
 
 
-def _multiply(
-    x: Tensor, codes: Tensor, step: Tensor, bias: Tensor | None, y: Tensor, bits: int, group: int
-) -> None:
-    """X [m, k] times the weight into y [..., n]."""
+def multiply(
+    x: Tensor, codes: Tensor, step: Tensor, bias: Tensor | None, y: Tensor, bits: int, group: int,
+    x_step: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Launch x [m, k] times the weight into y [..., n].
+
+    Integers x are codes of activations, worth (x + 1/2) * x_step, with a step per token.
+    """
     m, n, k = x.shape[0], codes.shape[0], x.shape[1]
     arch, (per, width) = current_arch(), period(bits)
-    config = configured("quant_linear_tiles", configs(arch, x.dtype, bits, m))
+    kind = x.dtype if x_step is None else torch.float32
+    config = configured("quant_linear_tiles", configs(arch, kind, bits, m))
     block_n, block_m = config.constants["block_n"], config.constants["block_m"]
     block_k = config.constants["words"] * per
     tiles = -(-k // block_k)
@@ -192,17 +214,17 @@ def _multiply(
     count = -(-tiles // each)
     parts = y if count == 1 else x.new_empty((count, m, n), dtype=torch.float32)
     launch(
-        quant_linear_tiles, (*blocks, count), x=x, codes=codes, step=step, bias=bias, y=parts,
-        m=m, n=n, k=k, row_bytes=codes.shape[1], groups=step.shape[1], group=group,
+        quant_linear_tiles, (*blocks, count), x=x, x_step=x_step, codes=codes, step=step, bias=bias,
+        y=parts, m=m, n=n, k=k, row_bytes=codes.shape[1], groups=step.shape[1], group=group,
         tiles_each=each, bits=bits, per=per, width=width, grouping=_grouping(group, per, block_k),
-        precision="ieee" if arch.startswith("gfx") or x.dtype != torch.float32 else "tf32x3",
+        precision="ieee" if arch.startswith("gfx") or kind != torch.float32 else "tf32x3",
         last=count == 1, **config.options,
     )  # fmt: skip
     if count > 1:
         launch(
-            quant_linear_parts, (-(-m * n // 1024),), parts=parts, step=step, bias=bias, y=y,
-            size=m * n, n=n, count=count, grouping=_grouping(group, per, block_k), block=1024,
-            num_warps=4, num_stages=1,
+            quant_linear_parts, (-(-m * n // 1024),), parts=parts, x_step=x_step, step=step,
+            bias=bias, y=y, size=m * n, n=n, count=count, grouping=_grouping(group, per, block_k),
+            block=1024, num_warps=4, num_stages=1,
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Triton kernel of `quest_quantize`: transform, step, rounding, and back, in one launch.
+"""Triton kernel of `quest_quantize` and `quest_codes`: transform, step, rounding in one launch.
 
 The transform keeps the sum of squares, so that the step of a row is known before its values are
 transformed. A row of up to 64 blocks is loaded once, a longer one twice.
@@ -7,6 +7,7 @@ transformed. A row of up to 64 blocks is loaded once, a longer one twice.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -17,11 +18,12 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from resplice.kernels.cuda.hadamard import LARGEST, programs, sign_matrix, transformed
 from resplice.kernels.cuda.launch import Config, by_reference, configured, current_arch, launch
 from resplice.kernels.gaussian_grid import ALPHA, TINY
-from resplice.kernels.quest_quantize import rounded as op
+from resplice.kernels.quest_codes import quest_codes as codes_op
+from resplice.kernels.quest_quantize import rounded
 
 
 @triton.jit
-def _squares(values, block_m: tl.constexpr):
+def _squares(values: Any, block_m: tl.constexpr) -> Any:
     wide = tl.reshape(
         values.to(tl.float32), (block_m, values.shape[0] // block_m * values.shape[1])
     )
@@ -29,7 +31,7 @@ def _squares(values, block_m: tl.constexpr):
 
 
 @triton.jit
-def _levels(values, step, signs, scale, half: tl.constexpr):
+def _levels(values: Any, step: Any, signs: Any, scale: Any, half: tl.constexpr) -> Any:
     """The nearest level of each value, in steps of its row, plus 1/2; ties to even."""
     turned = values.to(tl.float32) if signs is None else transformed(values, signs) * scale
     place = tl.clamp(tl.div_rn(turned, step) + 0.5, 1.0 - half, half)
@@ -38,13 +40,14 @@ def _levels(values, step, signs, scale, half: tl.constexpr):
 
 @triton.jit
 def quest_quantize_rows(
-    x, y, steps, m, k, scale, alpha, tiny, bits: tl.constexpr, block: tl.constexpr,
-    order: tl.constexpr, result: tl.constexpr, once: tl.constexpr, block_m: tl.constexpr,
-    blocks: tl.constexpr,
-):  # fmt: skip
+    x: Any, y: Any, steps: Any, m: Any, k: Any, scale: Any, alpha: Any, tiny: Any,
+    bits: tl.constexpr, block: tl.constexpr, order: tl.constexpr, result: tl.constexpr,
+    once: tl.constexpr, block_m: tl.constexpr, blocks: tl.constexpr,
+) -> None:  # fmt: skip
     """Quantise rows, block_m at a time and of them `blocks` runs of `order` values at a time.
 
-    `result`: "codes" (0 to 2**bits - 1, and the steps), "values", or "back" (values turned back).
+    `result`: "codes" (-2**(bits-1) to 2**(bits-1) - 1, and the steps), "values", or "back" (values
+    turned back).
     """
     half: tl.constexpr = 2 ** (bits - 1)
     signs = sign_matrix(order, block, x.dtype.element_ty) if block > 1 else None
@@ -71,7 +74,7 @@ def quest_quantize_rows(
                 values = tl.load(start + base + column, some & (base + column < k), other=0.0)
             place = _levels(values, spread, signs, scale, half)
             if result == "codes":
-                found = place + (half - 1)
+                found = place - 1.0
             elif result == "back":
                 found = transformed((place - 0.5).to(tl.bfloat16), back) * scale * spread
             else:
@@ -105,7 +108,7 @@ def quest_quantize(
     """See `resplice.kernels.quest_quantize`; float64 is left to the reference."""
     if x.dtype == torch.float64 or block > LARGEST:
         found: Tensor = by_reference(
-            op, f"is {x.dtype} in blocks of {block}",
+            rounded, f"is {x.dtype} in blocks of {block}",
             x, bits, block, clip, estimator, rotate_back,
         )  # fmt: skip
         return found
@@ -114,6 +117,20 @@ def quest_quantize(
         result = "back" if rotate_back and block > 1 else "values"
         quantize(x.contiguous(), y, None, bits, block, result)
     return y
+
+
+def quest_codes(x: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
+    """See `resplice.kernels.quest_codes`; orders above 128 are left to the reference."""
+    if block > LARGEST or x.dtype == torch.float64:
+        found: tuple[Tensor, Tensor] = by_reference(
+            codes_op, f"is {x.dtype} in blocks of {block}", x, bits, block
+        )
+        return found
+    codes = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
+    steps = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    if not statically_known_true(x.numel() == 0):
+        quantize(x.contiguous(), codes, steps, bits, block, "codes")
+    return codes, steps
 
 
 def quantize(

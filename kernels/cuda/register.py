@@ -14,9 +14,11 @@ from resplice.ops import NAMESPACE, Op, _library, all_ops
 from resplice.registry import load, load_ops
 
 HOSTS = {
+    "code_linear": "resplice.kernels.cuda.code_linear:code_linear",
     "hadamard": "resplice.kernels.cuda.hadamard:hadamard",
     "moe_ffn": "resplice.kernels.cuda.moe_ffn:moe_ffn",
     "quant_linear": "resplice.kernels.cuda.quant_linear:quant_linear",
+    "quest_codes": "resplice.kernels.cuda.quest_quantize:quest_codes",
     "quest_quantize": "resplice.kernels.cuda.quest_quantize:quest_quantize",
     "tile_attention": "resplice.kernels.cuda.tile_attention:tile_attention",
 }

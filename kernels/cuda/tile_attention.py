@@ -23,23 +23,22 @@ from resplice.kernels.cuda.launch import (
     configured,
     current_arch,
     launch,
-    shared_limit,
 )
 from resplice.kernels.cuda.tile_geometry import (
-    axis_keys,
     box_tokens,
-    key_scores,
+    key_bias,
     load_rows,
+    own_and_seen,
     reciprocal,
     store_rows,
 )
-from resplice.kernels.cuda.tile_problem import TileProblem, aligned, precision_of, width_of
+from resplice.kernels.cuda.tile_problem import TileProblem, aligned, fitting, precision_of, width_of
 from resplice.kernels.tile_attention import tile_attention as op
 
 
 @triton.jit
 def online(
-    scores: Any, values: Any, total: Any, peak: Any, result: Any, masked: tl.constexpr,
+    scores: tl.tensor, values: tl.tensor, total: tl.tensor, peak: tl.tensor, result: tl.tensor, masked: tl.constexpr,
     precision: tl.constexpr,
 ) -> Any:  # fmt: skip
     """One step of the online softmax.
@@ -68,11 +67,11 @@ def online(
 
 @triton.jit
 def tile_attention_forward(
-    q: Any, k: Any, v: Any, mask: Any, out: Any, logsum: Any, table: Any,
-    q_batch: Any, q_head: Any, q_token: Any, k_batch: Any, k_head: Any, k_token: Any,
-    v_batch: Any, v_head: Any, v_token: Any, out_batch: Any, out_head: Any, out_token: Any,
-    mask_batch: Any, mask_head: Any, mask_key: Any,
-    heads: Any, t: Any, h: Any, w: Any, text: Any, image_start: Any, text_start: Any, scale: Any,
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, mask: tl.tensor, out: tl.tensor, logsum: tl.tensor, table: tl.tensor,
+    q_batch: tl.tensor, q_head: tl.tensor, q_token: tl.tensor, k_batch: tl.tensor, k_head: tl.tensor, k_token: tl.tensor,
+    v_batch: tl.tensor, v_head: tl.tensor, v_token: tl.tensor, out_batch: tl.tensor, out_head: tl.tensor, out_token: tl.tensor,
+    mask_batch: tl.tensor, mask_head: tl.tensor, mask_key: tl.tensor,
+    heads: tl.tensor, t: tl.tensor, h: tl.tensor, w: tl.tensor, text: tl.tensor, image_start: tl.tensor, text_start: tl.tensor, scale: tl.tensor,
     d: tl.constexpr, dv: tl.constexpr, width: tl.constexpr, width_v: tl.constexpr,
     masking: tl.constexpr, mask_image: tl.constexpr, saves: tl.constexpr, wide: tl.constexpr,
     precision: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
@@ -80,46 +79,21 @@ def tile_attention_forward(
     """Attention of `block_m` queries; see `attend` for the arguments."""
     block, pair = tl.program_id(0), tl.program_id(1)
     entry = table + (pair % heads) * 7
-    head, batch = tl.load(entry + 6), (pair // heads).to(tl.int64)
+    head, batch = tl.load(entry + 6).to(tl.int64), (pair // heads).to(tl.int64)
 
-    # Which queries: blocks of text first, for they see everything; then tile by tile.
-    text_blocks = tl.cdiv(text, block_m)
-    is_text = block < text_blocks
-    tile_t, extent_t = tl.where(is_text, t, tl.load(entry)), tl.load(entry + 3)
-    tile_h, extent_h = tl.where(is_text, h, tl.load(entry + 1)), tl.load(entry + 4)
-    tile_w, extent_w = tl.where(is_text, w, tl.load(entry + 2)), tl.load(entry + 5)
-    count_h, count_w = tl.cdiv(h, tile_h), tl.cdiv(w, tile_w)
-    per_tile = tl.cdiv(tile_t * tile_h * tile_w, block_m)
-    number = tl.where(is_text, 0, block - text_blocks)
-    tile, part = number // per_tile, number % per_tile
-    plane = tile // (count_h * count_w)
-    extent_t = tl.minimum(extent_t, tl.cdiv(t, tile_t))
-    extent_h, extent_w = tl.minimum(extent_h, count_h), tl.minimum(extent_w, count_w)
-    own_t, size_t, key_t, keys_t = axis_keys(plane, tile_t, extent_t, t)
-    own_h, size_h, key_h, keys_h = axis_keys(tile // count_w % count_h, tile_h, extent_h, h)
-    own_w, size_w, key_w, keys_w = axis_keys(tile % count_w, tile_w, extent_w, w)
-    start = tl.where(is_text, block, part) * block_m
-    count = tl.where(is_text, text, size_t * size_h * size_w)
-    exists = (plane < tl.cdiv(t, tile_t)) & (start < count)
-    rows = start + tl.arange(0, block_m)
-    valid = rows < tl.where(exists, count, 0)
-    line = rows // size_w
-    places = ((own_t + line // size_h) * h + own_h + line % size_h) * w + own_w + rows % size_w
-    queries = tl.where(is_text, text_start + rows, image_start + places)
-
-    # Which keys: a box, and the text.
-    keys = tl.where(exists, keys_t * keys_h * keys_w, 0)
+    queries, valid, first, keys_h, keys_w, keys, words = own_and_seen(
+        entry, block, t, h, w, text, image_start, text_start, block_m, False
+    )
     full = keys // block_n
     rest = keys - full * block_n
-    first = image_start + (key_t * h + key_h) * w + key_w
     per_h, per_w = reciprocal(keys_h), reciprocal(keys_w)
 
-    k += batch * k_batch + head.to(tl.int64) * k_head
-    v += batch * v_batch + head.to(tl.int64) * v_head
+    k += batch * k_batch + head * k_head
+    v += batch * v_batch + head * v_head
     if masking:
-        mask += batch * mask_batch + head.to(tl.int64) * mask_head
+        mask += batch * mask_batch + head * mask_head
     query = load_rows(
-        q + batch * q_batch + head.to(tl.int64) * q_head, queries, q_token, valid, d, width, wide,
+        q + batch * q_batch + head * q_head, queries, q_token, valid, d, width, wide,
         True,
     )  # fmt: skip
     total = tl.zeros([block_m], tl.float32)
@@ -133,10 +107,10 @@ def tile_attention_forward(
         key = load_rows(k, tokens, k_token, columns, d, width, wide, False)
         scores = tl.dot(query, tl.trans(key), input_precision=precision) * scale
         if mask_image:
-            scores = key_scores(scores, mask, tokens, mask_key, tokens >= 0, masking)
+            scores += key_bias(mask, tokens, mask_key, tokens >= 0, masking)[None, :]
         value = load_rows(v, tokens, v_token, columns, dv, width_v, wide, False)
         total, peak, result = online(scores, value, total, peak, result, mask_image, precision)
-    last = tl.where(exists, rest + text, 0)
+    last = rest + words
     for index in tl.range(0, tl.cdiv(last, block_n), num_stages=1):
         numbers = index * block_n + columns
         inside = numbers < last
@@ -148,7 +122,7 @@ def tile_attention_forward(
         if masking:
             entries = tokens if mask_image else numbers - rest
             present = inside if mask_image else inside & (numbers >= rest)
-            scores = key_scores(scores, mask, entries, mask_key, present, masking)
+            scores += key_bias(mask, entries, mask_key, present, masking)[None, :]
         value = load_rows(v, tokens, v_token, inside, dv, width_v, wide, True)
         total, peak, result = online(
             scores, value, total, peak, result, masking > 0, precision
@@ -156,7 +130,7 @@ def tile_attention_forward(
 
     total = tl.where(total == 0.0, 1.0, total)
     store_rows(
-        out + batch * out_batch + head.to(tl.int64) * out_head, queries, out_token, valid,
+        out + batch * out_batch + head * out_head, queries, out_token, valid,
         result / total[:, None], dv, width_v, wide,
     )  # fmt: skip
     if saves:
@@ -186,21 +160,9 @@ def configs(arch: str, dtype: torch.dtype, d: int, dv: int) -> list[Config]:
         dv: Channels of values.
     """
     width, width_v = width_of(d), width_of(dv)
-    size = dtype.itemsize
-
-    def fits(config: Config) -> bool:
-        m, n = config.constants["block_m"], config.constants["block_n"]
-        stages = max(1, config.num_stages - 1) if arch.startswith("gfx") else config.num_stages
-        needed = size * (m * width + stages * n * (width + width_v))
-        held = 4 * m * (width_v + n) / (64 if arch.startswith("gfx") else 32) / config.num_warps
-        return needed <= shared_limit(arch) and held <= 192
-
-    every = [
-        Config({"block_m": m, "block_n": n}, warps, stages)
-        for m, n, warps, stages in _CANDIDATES.get(arch, _CANDIDATES["sm_80"])
-    ]
-    small = [Config({"block_m": m, "block_n": 16}, 4, 1) for m in (64, 32, 16)]
-    return [config for config in every if fits(config)] or small
+    return fitting(
+        arch, dtype, _CANDIDATES, own=width, seen=width + width_v, held=width_v, blocks="mn"
+    )
 
 
 def attend(

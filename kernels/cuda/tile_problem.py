@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from resplice.errors import OpError
-from resplice.kernels.cuda.launch import constant
+from resplice.kernels.cuda.launch import Config, constant, shared_limit
 from resplice.kernels.tile_grid import Triple, extent, tile_count, triples
 
 Row = tuple[int, ...]
@@ -134,6 +134,41 @@ def aligned(*tensors: Tensor) -> tuple[Tensor, ...]:
 def width_of(size: int) -> int:
     """Channels as a product needs them: a power of two, at least 16."""
     return max(16, 1 << (int(size) - 1).bit_length())
+
+
+def fitting(
+    arch: str,
+    dtype: torch.dtype,
+    candidates: dict[str, list[tuple[int, int, int, int]]],
+    *,
+    own: int,
+    seen: int,
+    held: int,
+    blocks: str,
+) -> list[Config]:
+    """Configurations that fit shared memory and registers; the smallest one if none does.
+
+    Args:
+        arch: Such as "sm_90"; candidates of sm_80 stand for ones that are not listed.
+        dtype: Of the operands.
+        candidates: Sizes `block_m` and `block_n`, warps, and stages, the best first, by `arch`.
+        own: Channels that a program keeps for each of its own tokens.
+        seen: Channels that a stage loads for each token that it sees.
+        held: Float32 results of each of its own tokens.
+        blocks: "mn" if a program owns `block_m` tokens, "nm" if it owns `block_n`.
+    """
+    lanes = 64 if arch.startswith("gfx") else 32
+    kept = own if arch.startswith("sm") else 0
+
+    def fits(m: int, n: int, warps: int, stages: int) -> bool:
+        mine, other = (m, n) if blocks == "mn" else (n, m)
+        shared = dtype.itemsize * (mine * kept + max(1, stages) * other * seen)
+        registers = mine * (held + other) / (lanes * warps)
+        return shared <= shared_limit(arch) and registers <= 192
+
+    listed = candidates.get(arch, candidates["sm_80"])
+    good = [sizes for sizes in listed if fits(*sizes)] or [(16, 16, 4, 1)]
+    return [Config({"block_m": m, "block_n": n}, w, s) for m, n, w, s in good]
 
 
 def precision_of(dtype: torch.dtype, arch: str) -> str:

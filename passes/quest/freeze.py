@@ -13,6 +13,7 @@ from resplice.context import Context
 from resplice.errors import PassError
 from resplice.kernels.quant_linear import BITS, quant_linear
 from resplice.kernels.quest_quantize import rounded
+from resplice.passes.quest.integers import code_product
 from resplice.passes.quest.weights import codes_of_rows
 from resplice.pattern import Match, Var, aten
 from resplice.program import Program
@@ -20,15 +21,18 @@ from resplice.rules import Rule, apply_rules
 from resplice.walk import run_node
 
 
-def freeze(program: Program) -> tuple[Program, Change]:
+def freeze(program: Program, *, integer: bool = False) -> tuple[Program, Change]:
     """Turn the weights of a program trained with `quest{mode=qat}` into packed codes.
 
     linear(x, quest_quantize(weight, bits, ...)) -> quant_linear(x, codes, step, bias, bits, 0)
 
-    The result computes bit for bit what the trained program computes.
+    The result computes bit for bit what the trained program computes, but for layers of 2**15
+    weights and more, whose CPU kernel sums in another order.
 
     Args:
         program: Rewritten by `quest{mode=qat}`, trained or not; it is not changed.
+        integer: Multiply codes of activations by codes of weights, exactly, where both are
+            rounded: faster; equal up to the rounding of float32 sums.
 
     Returns:
         The packed program and what was done to it.
@@ -37,7 +41,7 @@ def freeze(program: Program) -> tuple[Program, Change]:
         PassError: The program holds no weight that is rounded on the way.
     """
     draft = program.copy()
-    change = apply_rules(draft, [_Pack()], Context(), "freeze")
+    change = apply_rules(draft, [_Pack(integer)], Context(), "freeze")
     if not change.count:
         raise PassError(
             "freeze", "no weight of this program is rounded; rewrite it with quest{mode=qat} first"
@@ -78,6 +82,9 @@ class _Pack(Rule):
 
     name = "pack"
 
+    def __init__(self, integer: bool) -> None:
+        self.integer = integer
+
     def pattern(self) -> Any:
         return aten.linear(Var("x"), Var("weight", _rounded_constant), Var("bias"))
 
@@ -89,8 +96,11 @@ class _Pack(Rule):
         with torch.no_grad():
             values = _value(build.program, weight.all_input_nodes[0])
             codes, step = codes_of_rows(values, bits, 0, block)
-        return build(
-            quant_linear.overload, found.node("x"),
+        packed = (
             build.weight(f"{stored.target}_codes", codes),
             build.weight(f"{stored.target}_step", step), found["bias"], bits, 0,
         )  # fmt: skip
+        x = found.node("x")
+        if self.integer and x.target is rounded.overload:
+            return code_product(build, x.all_input_nodes[0], block, int(x.args[1]), packed)  # type: ignore[arg-type]  # int by schema
+        return build(quant_linear.overload, x, *packed)

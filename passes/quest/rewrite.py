@@ -11,8 +11,9 @@ arXiv 2502.05003: block Hadamard, root-mean-square scale, Gaussian-optimal mid-r
     %5 = weight("mlp.up.weight_step"): f32[N,1]
     %6 = resplice.quant_linear(%3, %4, %5, None, 4, 0)
 
-With `act-bits`, %3 is rounded as well: resplice.quest_quantize(%2, act-bits, 128, ...). With
-`mode=qat` the weight stays, and is rounded on the way: linear(%3, quest_quantize(weight, ...)).
+With `act-bits`, integers meet integers: %3 is resplice.quest_codes(%2, act-bits, 128), codes and
+steps, and %6 resplice.code_linear. With `mode=qat` the weight stays and both are rounded on the
+way: linear(quest_quantize(%2, ...), quest_quantize(weight, ...)).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from resplice.kernels.hadamard import hadamard
 from resplice.kernels.quant_linear import BITS, quant_linear
 from resplice.kernels.quest_quantize import rounded
 from resplice.pass_base import Approx, Exact, Meaning, Pass, option
+from resplice.passes.quest.integers import code_product
 from resplice.passes.quest.roles import feeds_embedding, follows_activation, role_of
 from resplice.passes.quest.weights import Block, QuantizedWeight, hadamard_block, quantize_weight
 from resplice.pattern import Match, Var, aten, either
@@ -215,12 +217,16 @@ class _QuantizeLinear(Rule):
             ),
         )  # fmt: skip
         x = _flipped(build, found.node("x"), signs)
-        x = _prepared(build, x, quantized.block, options.act_bits, options)
-        codes = build.weight(f"{name}_codes", quantized.codes)
-        step = build.weight(f"{name}_step", quantized.step)
-        new = build(
-            quant_linear.overload, x, codes, step, found["bias"], quantized.bits, quantized.group
-        )
+        packed = (
+            build.weight(f"{name}_codes", quantized.codes),
+            build.weight(f"{name}_step", quantized.step),
+            found["bias"], quantized.bits, quantized.group,
+        )  # fmt: skip
+        if options.act_bits < 16:
+            new = code_product(build, x, quantized.block, options.act_bits, packed)
+        else:
+            x = _prepared(build, x, quantized.block, 16, options)
+            new = build(quant_linear.overload, x, *packed)
         return new, _metrics(weight if signs is None else weight * signs, quantized)
 
     def _signs(self, found: Match, size: int) -> Tensor | None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from resplice.kernels.code_linear import code_linear
 from resplice.kernels.quant_linear import quant_linear
 
 aten = torch.ops.aten
 _PRODUCTS = (
     aten.linear.default, aten.addmm.default, aten.matmul.default, aten.mm.default,
-    quant_linear.overload,
+    quant_linear.overload, code_linear.overload,
 )  # fmt: skip
 _BENDS = (
     aten.gelu.default, aten.relu.default, aten.silu.default, aten.tanh.default,

@@ -23,7 +23,7 @@ from resplice.change import Refused
 from resplice.pattern import argument, target_name
 
 Size = Any  # int or torch.SymInt
-PROJECTIONS = ("aten.linear", "resplice.quant_linear")
+PROJECTIONS = ("aten.linear", "resplice.quant_linear", "resplice.code_linear")
 
 
 @dataclass(frozen=True)

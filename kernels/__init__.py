@@ -1,6 +1,7 @@
 """The dialect: one op, one file. Importing this package registers every op with torch."""
 
 from resplice.kernels.code_linear import code_linear
+from resplice.kernels.cuda.register import register as _register_kernels
 from resplice.kernels.hadamard import hadamard
 from resplice.kernels.merge_frames import merge_frames, unmerge_frames
 from resplice.kernels.moe_ffn import moe_ffn
@@ -14,3 +15,5 @@ __all__ = [
     "code_linear", "hadamard", "merge_frames", "moe_ffn", "quant_linear", "quest_codes",
     "quest_quantize", "rope3d", "tile_attention", "unmerge_frames",
 ]  # fmt: skip
+
+_register_kernels()

@@ -16,6 +16,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -165,9 +166,9 @@ class _Emitter:
 
     def attend(self, inputs: Sequence[fx.Node], mask: fx.Node | None) -> fx.Node:
         """Plain attention."""
-        options = {} if self.scale is None else {"scale": self.scale}
+        options: dict[str, Any] = {} if self.scale is None else {"scale": self.scale}
         if mask is not None:
-            options["attn_mask"] = mask  # type: ignore[assignment]
+            options["attn_mask"] = mask
         return self.build(aten.scaled_dot_product_attention.default, *inputs, **options)
 
     def widened(self, mask: fx.Node | None, keys: int) -> fx.Node | None:

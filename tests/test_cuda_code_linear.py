@@ -131,8 +131,8 @@ def test_compiled_code(arch: str, bits: int, tmp_path: Path) -> None:
     k = n = 4096
     f32 = torch.float32
     codes = meta(n, packed_bytes(k, bits), dtype=torch.uint8), meta(n, 1, dtype=f32)
-    for m in (1, 64, 4096):
-        for act_bits in (1, 4, 8):
+    for m in (1, 4096):
+        for act_bits in {bits, 4}:
             x = meta(m, k, dtype=torch.int8), meta(m, 1, dtype=f32)
             args = (*x, *codes, meta(n), bits, 0, act_bits)
             for item in launches(cuda.code_linear, args, arch):

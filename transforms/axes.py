@@ -22,7 +22,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from resplice.pattern import argument
+from resplice.pattern import arg, argument
 from resplice.program import Program
 
 aten = torch.ops.aten
@@ -253,9 +253,9 @@ def _permute(node: fx.Node, value: torch.Tensor, found: Known) -> Found:
 
 def _transpose(node: fx.Node, value: torch.Tensor, found: Known) -> Found:
     axes: list[Axis | None] = list(found[_node(node.args[0])])
-    a, b = (0, 1) if _name(node) == "aten::t" else (node.args[1], node.args[2])
+    a, b = (0, 1) if _name(node) == "aten::t" else (arg(node, 1), arg(node, 2))
     if len(axes) > 1:
-        axes[a], axes[b] = axes[b], axes[a]  # type: ignore[index]
+        axes[a], axes[b] = axes[b], axes[a]
     return axes
 
 
@@ -348,7 +348,7 @@ def _merged(atoms: list[Atom]) -> Segment:
 
 
 def _cat(node: fx.Node, value: torch.Tensor, found: Known) -> Found:
-    pieces = [_node(item) for item in node.args[0]]  # type: ignore[union-attr]
+    pieces = [_node(item) for item in arg(node, 0)]
     dim = argument(node, "dim") % value.dim()
     pieces = [piece for piece in pieces if piece.meta["val"].dim() == value.dim()]
     axes = [_joined(pieces, i - value.dim(), value, found) for i in range(value.dim())]
@@ -358,7 +358,7 @@ def _cat(node: fx.Node, value: torch.Tensor, found: Known) -> Found:
 
 def _stack(node: fx.Node, value: torch.Tensor, found: Known) -> Found:
     dim = argument(node, "dim") % value.dim()
-    axes: list[Axis | None] = list(found[_node(node.args[0][0])])  # type: ignore[index]
+    axes: list[Axis | None] = list(found[_node(arg(node, 0)[0])])
     axes.insert(dim, None)
     return axes
 

@@ -295,6 +295,11 @@ def positional(node: fx.Node) -> list[Any]:
     return [*node.args, *(node.kwargs.get(a.name, a.default_value) for a in rest)]
 
 
+def arg(node: fx.Node, index: int) -> Any:
+    """A positional argument as its schema says: torch types every one as a wide union."""
+    return node.args[index]
+
+
 def argument(node: fx.Node, name: str) -> Any:
     """One argument by its schema name, default filled in."""
     schema = _schema(node)

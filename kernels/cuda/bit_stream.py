@@ -13,11 +13,9 @@ import triton
 import triton.language as tl
 
 
-def period(bits: int, wide: bool = False) -> tuple[int, int]:
-    """Codes and bytes of a word: 8 codes in 3 bytes for 3 bits; `wide` ones hold 4 bytes."""
-    if bits == 3:
-        return 8, 3
-    return (32 // bits, 4) if wide else (8 // bits, 1)
+def period(bits: int) -> tuple[int, int]:
+    """Codes and bytes of a word: 8 codes in 3 bytes for 3 bits, else those of one byte."""
+    return (8, 3) if bits == 3 else (8 // bits, 1)
 
 
 @triton.jit

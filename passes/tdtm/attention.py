@@ -22,7 +22,7 @@ from resplice.passes.tdtm.frames import (
 from resplice.passes.tdtm.rebuild import Rebuild, is_computed, is_spread
 from resplice.passes.tdtm.sites import AttentionSite
 from resplice.passes.tdtm.tables import merged_mask
-from resplice.pattern import argument
+from resplice.pattern import arg, argument
 
 aten = torch.ops.aten
 
@@ -80,7 +80,7 @@ def _is_outside(user: fx.Node, forward: dict[fx.Node, Frames], others: dict[fx.N
 def _operands(rebuild: Rebuild, site: AttentionSite) -> list[Any]:
     """Queries, keys, values, mask and what follows, with merged frames."""
     node = site.node
-    if not is_computed(node.args[0], site.queries):  # type: ignore[arg-type]
+    if not is_computed(arg(node, 0), site.queries):
         raise Refused("its queries come out of no projection that can be followed")
     q, k, v = (n for n in node.args[:3] if isinstance(n, fx.Node))
     found: list[Any] = [rebuild.value(q, site.queries)]

@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from resplice.axes import Atom, Axis, regrouped, size_of
 from resplice.change import Refused
-from resplice.pattern import argument, target_name
+from resplice.pattern import arg, argument, target_name
 
 Size = Any  # int or torch.SymInt
 PROJECTIONS = ("aten.linear", "resplice.quant_linear", "resplice.code_linear")
@@ -103,9 +103,10 @@ def is_tensor(value: Any) -> bool:
 
 def split_source(node: fx.Node) -> fx.Node | None:
     """What a piece was cut from: the operand of a `split`, `chunk` or `unbind` behind `getitem`."""
-    if node.target is not operator.getitem or target_name(node.args[0]) not in _SPLITS:  # type: ignore[arg-type]
+    if node.target is not operator.getitem or target_name(arg(node, 0)) not in _SPLITS:
         return None
-    return node.args[0].args[0]  # type: ignore[union-attr,return-value]
+    found: fx.Node = arg(arg(node, 0), 0)
+    return found
 
 
 def split_bounds(node: fx.Node) -> tuple[int, Size, Size] | None:
@@ -117,10 +118,10 @@ def split_bounds(node: fx.Node) -> tuple[int, Size, Size] | None:
         dim = argument(node, "dim") % len(value) - len(value)
         return dim, _start(node), value[dim]
     source = split_source(node)
-    if source is None or target_name(node.args[0]) == "aten.unbind":  # type: ignore[arg-type]
+    if source is None or target_name(arg(node, 0)) == "aten.unbind":
         return None
-    pieces: Any = node.args[0].meta["val"]  # type: ignore[union-attr]
-    dim = argument(node.args[0], "dim") % len(value) - len(value)  # type: ignore[arg-type]
+    pieces = arg(node, 0).meta["val"]
+    dim = argument(arg(node, 0), "dim") % len(value) - len(value)
     start = sum(piece.shape[dim] for piece in pieces[: node.args[1]])
     return dim, start, value[dim]
 
@@ -129,8 +130,7 @@ def _start(node: fx.Node) -> Size:
     start = argument(node, "start")
     start = start.meta["val"] if isinstance(start, fx.Node) else start or 0
     if isinstance(start, int) and start < 0:
-        dim, source = argument(node, "dim"), node.args[0]
-        return shape_of(source)[dim] + start  # type: ignore[arg-type]
+        return shape_of(arg(node, 0))[argument(node, "dim")] + start
     return start
 
 
@@ -232,12 +232,13 @@ def regrouped_frames(before: Any, frames: Frames, after: Any) -> Frames | None:
 
 def frames_in(axis: Axis | None, mark: tuple[str, int], count: Size, place: int) -> Frames | None:
     """The frames in an axis, told by the source and axis of their atom; None without them."""
-    for number, segment in enumerate(axis or ()):
+    segments = axis or ()
+    for number, segment in enumerate(segments):
         for i, atom in enumerate(segment):
             if (atom.source, atom.axis) != mark or not same(atom.size, count):
                 continue
-            before = sum(map(size_of, axis[:number]))  # type: ignore[index]
-            after = sum(map(size_of, axis[number + 1 :]))  # type: ignore[index]
+            before = sum(map(size_of, segments[:number]))
+            after = sum(map(size_of, segments[number + 1 :]))
             inner, outer = size_of(segment[i + 1 :]), size_of(segment[:i])
             if not isinstance(inner, int):
                 raise Refused(f"its grid is dynamic: {inner} tokens per frame")
@@ -292,7 +293,7 @@ def _repeat_interleave(node: fx.Node, frames: Frames) -> Carried:
 
 def _cat(node: fx.Node, frames: Frames) -> Carried:
     rank = len(shape_of(node))
-    pieces: Any = [p for p in node.args[0] if p.meta["val"].dim() == rank]  # type: ignore[union-attr]
+    pieces = [p for p in arg(node, 0) if p.meta["val"].dim() == rank]
     if argument(node, "dim") % rank - rank != frames.axis:
         return [(piece, frames) for piece in pieces]
     before = frames.before
@@ -325,7 +326,7 @@ def _getitem(node: fx.Node, frames: Frames) -> Carried:
     if bounds is not None:
         return _cut(source, frames, *bounds)
     rank = len(shape_of(source))
-    return [_with_axis(source, frames, argument(node.args[0], "dim") % rank)]  # type: ignore[arg-type]
+    return [_with_axis(source, frames, argument(arg(node, 0), "dim") % rank)]
 
 
 def _with_axis(source: fx.Node, frames: Frames, dim: int) -> tuple[fx.Node, Frames]:

@@ -29,7 +29,7 @@ from resplice.passes.tdtm.frames import (
     split_bounds,
     split_source,
 )
-from resplice.pattern import argument, target_name
+from resplice.pattern import arg, argument, target_name
 from resplice.program import Program
 
 aten = torch.ops.aten
@@ -272,7 +272,7 @@ def _resized(build: Builder, node: fx.Node, args: Any, frames: Frames, few: Fram
         return [args[0], frames.axis, args[2] if len(args) > 2 else 0, _bound(node, stop)]
     if name == "aten.slice_scatter" and _axis_of(node) == frames.axis:
         start = argument(node, "start") or 0
-        length = shape_of(node.args[1])[frames.axis] - (frames.length - few.length)  # type: ignore[arg-type]
+        length = shape_of(arg(node, 1))[frames.axis] - (frames.length - few.length)
         stop = argument(node, "end")
         whole = shape_of(node)[frames.axis]
         open_ = stop is None or (isinstance(stop, int) and isinstance(whole, int) and stop >= whole)
@@ -301,14 +301,14 @@ def _axis_of(node: fx.Node) -> int:
 
 def _sizes(build: Builder, node: fx.Node, frames: Frames, few: Frames) -> list[Any]:
     """The sizes of a reshaped or expanded result, those of the frames replaced."""
-    given = node.args[1]
+    given = arg(node, 1)
     if node.target in (aten.view_as.default, aten.expand_as.default, aten.unflatten.int):
         given = [size if isinstance(size, int) else None for size in shape_of(node)]
         unknown = [i for i, size in enumerate(given) if size is None]
         if len(unknown) > 1:
             raise Refused(f"{node.name} has several dynamic sizes")
         given = [-1 if size is None else size for size in given]
-    sizes: list[Any] = list(given)  # type: ignore[arg-type]
+    sizes: list[Any] = list(given)
     old = sizes[frames.axis]
     if isinstance(old, int):
         whole = few.before + few.length + few.after

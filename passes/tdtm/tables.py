@@ -127,7 +127,9 @@ def _bring_forward(partner: fx.Node, node: fx.Node) -> None:
 
 def _same_shape(a: fx.Node, b: fx.Node) -> bool:
     left, right = a.meta.get("val"), b.meta.get("val")
-    return isinstance(left, torch.Tensor) and left.shape == right.shape  # type: ignore[union-attr]
+    if not isinstance(left, torch.Tensor) or not isinstance(right, torch.Tensor):
+        return False
+    return left.shape == right.shape
 
 
 def _turned(rebuild: Rebuild, node: fx.Node, partner: fx.Node, frames: Frames) -> fx.Node:

@@ -25,7 +25,7 @@ from resplice.passes.videorope.follow import (
     moves,
     roots,
 )
-from resplice.pattern import NoMatch, target_name
+from resplice.pattern import NoMatch, arg, target_name
 from resplice.program import Program
 
 aten = torch.ops.aten
@@ -161,13 +161,13 @@ def _partners(low: fx.Node) -> list[fx.Node]:
 
 
 def _factors(node: fx.Node) -> list[fx.Node]:
-    found = [f for product in node.args[:2] for f in product.args[:2]]  # type: ignore[union-attr]
+    found = [f for i in range(2) for f in arg(node, i).args[:2]]
     return [f for f in found if isinstance(f, fx.Node)]
 
 
 def _split_at(runner: Runner, low: fx.Node, high: fx.Node) -> Application | None:
     first, second = (_both_orders(product) for product in low.args[:2])
-    sums = [set(product.args[:2]) for product in high.args[:2]]  # type: ignore[union-attr]
+    sums = [set(arg(high, i).args[:2]) for i in range(2)]
     for a, cos in first:
         for b, sin in second:
             crossed = [{b, cos}, {a, sin}]

@@ -113,7 +113,8 @@ class Runner:
             NoMatch: Some operator on the way computes new values.
         """
         known: dict[fx.Node, Any] = dict(sources)
-        return self._label(node, known, through)  # type: ignore[no-any-return]
+        found: Tensor = self._label(node, known, through)
+        return found
 
     def _label(
         self, node: fx.Node, known: dict[fx.Node, Any], through: Callable[[fx.Node], fx.Node | None]

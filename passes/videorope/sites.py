@@ -25,7 +25,7 @@ from resplice.passes.videorope.follow import (
     moves,
     roots,
 )
-from resplice.pattern import NoMatch, target_name
+from resplice.pattern import NoMatch, arg, target_name
 from resplice.program import Program
 
 aten = torch.ops.aten
@@ -121,7 +121,7 @@ def _scale(node: fx.Node) -> tuple[fx.Node, float] | None:
     if target_name(node) != "aten.mul" or isinstance(node.args[1], fx.Node):
         return None
     assert isinstance(node.args[0], fx.Node)
-    return node.args[0], float(node.args[1])  # type: ignore[arg-type]
+    return node.args[0], float(arg(node, 1))
 
 
 # ---- tables -> products --------------------------------------------------------------------
@@ -214,7 +214,7 @@ def _products(angle: fx.Node) -> list[fx.Node]:
 
 
 def _is_outer(node: fx.Node) -> bool:
-    left, right = (n.meta["val"] for n in node.args[:2])  # type: ignore[union-attr]
+    left, right = (arg(node, i).meta["val"] for i in range(2))
     deep = left.dim() > 1 and right.dim() > 1
     return bool(deep and left.shape[-1] == 1 and right.shape[-2] == 1)
 
@@ -346,16 +346,16 @@ def _is_constant(node: fx.Node) -> bool:
 
 def frequencies_of(runner: Runner, tables: Tables) -> Tensor:
     """The frequency of every angle, [N], in the dtype that the graph multiplies in."""
-    values, kind = [torch.zeros(1)], torch.float32
+    values: list[tuple[Tensor, Tensor]] = []
+    kind = torch.float32
     for term, _, offset in _spans(runner, tables):
         index = torch.unravel_index(offset, runner.shape(term.node))[term.axis]
         value = runner.value(term.frequencies)
         kind = torch.promote_types(kind, value.dtype)
-        values.append((value.reshape(-1), index))  # type: ignore[arg-type]
+        values.append((value.reshape(-1), index))
     assert tables.choice is not None
     result = torch.zeros(tables.choice.shape[-1], dtype=kind)
-    for (_, mask, _), pair in zip(_spans(runner, tables), values[1:], strict=True):
-        value, index = pair
+    for (_, mask, _), (value, index) in zip(_spans(runner, tables), values, strict=True):
         flat = value if value.numel() > 1 else value.expand(int(index.max()) + 1)
         result[mask] = flat[index[0, 0]].to(kind)
     return result

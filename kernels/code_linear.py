@@ -1,4 +1,4 @@
-"""code_linear: a linear layer of integer activations and packed integer weights, multiplied exactly.
+"""code_linear: integer activations times packed integer weights, multiplied exactly.
 
     y = sum_k (a[k] + 1/2) x_step * (c[n, k] - 2**(b-1) + 1/2) step[n] + bias[n]
 

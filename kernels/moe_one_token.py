@@ -26,6 +26,7 @@ def one_token(
     score: str,
 ) -> Tensor | None:  # fmt: skip
     """The result [..., o] for a single float32 token on a CPU without gradient; None otherwise."""
+    x = x.contiguous()
     tensors: tuple[Tensor | None, ...] = (
         x, shared_in, shared_in_bias, shared_out, experts_in, experts_in_bias, experts_out,
         out_bias, router, router_bias, gate_scale, balance,

@@ -1,4 +1,4 @@
-"""code_linear: a linear layer of integer activations and packed integer weights, multiplied exactly.
+"""code_linear: integer activations times packed integer weights, multiplied exactly.
 
     y = sum_k (a[k] + 1/2) x_step * (c[n, k] - 2**(b-1) + 1/2) step[n] + bias[n]
 
@@ -116,6 +116,7 @@ def _fast(
     fast=_fast,
     parameters=lambda x, x_step, codes, step, *_: codes.shape[0] * x.shape[-1] - step.numel(),
     samples=_samples,
+    autocast=(),
 )
 def code_linear(
     x: Tensor, x_step: Tensor, codes: Tensor, step: Tensor, bias: Tensor | None, bits: int,

@@ -50,6 +50,12 @@ def to_codes(values: Tensor, step: Tensor, bits: int) -> Tensor:
     return ((values / step + 0.5).round().clamp(1 - half, half) + (half - 1)).long()
 
 
+def to_grid(values: Tensor, step: Tensor, bits: int) -> Tensor:
+    """Each value's level: bit for bit `from_codes(to_codes(values, step, bits), step, bits)`."""
+    half: int = 2 ** (bits - 1)
+    return ((values / step + 0.5).round().clamp(1 - half, half) - 0.5) * step
+
+
 def from_codes(codes: Tensor, step: Tensor, bits: int) -> Tensor:
     """The levels behind codes, in the dtype of `step`."""
     middle: float = 2 ** (bits - 1) - 0.5

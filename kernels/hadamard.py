@@ -72,6 +72,7 @@ def _fast(x: Tensor, block: int) -> Tensor:
     fake=lambda x, block: torch.empty_like(x, memory_format=torch.contiguous_format),
     fast=_fast,
     samples=_samples,
+    autocast=(),
 )
 def hadamard(x: Tensor, block: int) -> Tensor:
     """Multiply every run of `block` values along the last axis by the Hadamard matrix.

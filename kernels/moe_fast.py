@@ -1,7 +1,8 @@
 """The fast path of `moe_ffn` and its gradient: only chosen experts run.
 
-One token reads views of its experts' weights. Several tokens are sorted by expert, so that each
-expert multiplies one dense block of rows: the layout a grouped GEMM kernel takes (`Dispatch`).
+One token (where `moe_one_token.py` doesn't serve it) reads views of its experts' weights. Several
+tokens are sorted by expert, so that each expert multiplies one dense block of rows: the layout a
+grouped GEMM kernel takes (`Dispatch`).
 Nothing here writes in place, so the gradient is autograd's over the same function.
 """
 

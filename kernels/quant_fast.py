@@ -20,7 +20,7 @@ SMALL = 1 << 15
 """Weights below which a layer keeps the reference's arithmetic."""
 _LONGEST_ROW = 1 << 20
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_FEW_TOKENS = {1: 24, 2: 24, 3: 16, 4: 16, 8: 4}
+_FEW_TOKENS = {1: 32, 2: 24, 3: 16, 4: 16, 8: 6}
 """Tokens up to which a product with packed codes beats unpacking tiles for a dense product."""
 _TILE_BYTES = 4 << 20
 
@@ -46,7 +46,9 @@ def linear(
             group, None if offset is None else offset.data_ptr(), y.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip
-    return None if failed else y.to(x.dtype)
+    if failed:
+        return None
+    return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
 def code_linear(
@@ -78,8 +80,8 @@ def hadamard(x: Tensor, block: int) -> Tensor | None:
     library = kernels()
     if library is None:
         return None
-    x, size = x.detach().contiguous(), x.shape[-1]
-    y = torch.empty_like(x)
+    x, size = _floats(x), x.shape[-1]
+    y = torch.empty(x.shape)
     rows, threads = x.numel() // max(size, 1), torch.get_num_threads()
     library.resplice_hadamard(
         x.data_ptr(), rows, size, block, y.data_ptr(), threads if x.numel() > SMALL else 1
@@ -119,6 +121,9 @@ def _suits(codes: Tensor, step: Tensor, size: int, group: int) -> bool:
 
 
 def _floats(x: Tensor) -> Tensor:
+    """As the kernels read them; only its memory is used, so gradients do not matter."""
+    if x.dtype == torch.float32 and x.is_contiguous():
+        return x
     return x.detach().to(torch.float32).contiguous()
 
 

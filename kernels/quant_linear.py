@@ -136,6 +136,7 @@ def _fast(
     fast=_fast,
     parameters=lambda x, codes, step, *_: codes.shape[0] * x.shape[-1] - step.numel(),
     samples=_samples,
+    autocast=("x", "bias"),
 )
 def quant_linear(
     x: Tensor, codes: Tensor, step: Tensor, bias: Tensor | None, bits: int, group: int

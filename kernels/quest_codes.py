@@ -1,4 +1,4 @@
-"""quest_codes: activations as integer codes on QuEST's grid, made once for all layers that read them.
+"""quest_codes: activations as integer codes on QuEST's grid, made once for all their readers.
 
 Source: arXiv 2502.05003, section 3: block Hadamard, root mean square per row, mid-rise grid. The
 codes are those of `quest_quantize(x, bits, rotate_back=False)`: value = (code + 1/2) * step.
@@ -74,6 +74,7 @@ def _samples() -> Iterator[OpSample]:
     fake=_fake,
     fast=_fast,
     samples=_samples,
+    autocast=(),
 )
 def quest_codes(x: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
     """Rotate, scale and quantise the rows of `x`.
@@ -112,7 +113,8 @@ def _by_arithmetic(build: Any, x: Any, bits: int, block: int) -> fx.Node:
         aten.round.default, build(aten.add.Tensor, build(aten.div.Tensor, values, step), 0.5)
     )
     codes = build(aten.sub.Tensor, build(aten.clamp.default, level, 1 - half, half), 1)
-    return build.several((build(aten._to_copy.default, codes, dtype=torch.int8), step))
+    found: fx.Node = build.several((build(aten._to_copy.default, codes, dtype=torch.int8), step))
+    return found
 
 
 def float_codes(build: Any, codes: fx.Node) -> fx.Node:

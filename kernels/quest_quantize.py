@@ -16,14 +16,7 @@ from torch import Tensor
 
 from resplice.cost import Cost
 from resplice.errors import OpError
-from resplice.kernels.gaussian_grid import (
-    ALPHA,
-    TINY,
-    from_codes,
-    grid_step,
-    root_mean_square,
-    to_codes,
-)
+from resplice.kernels.gaussian_grid import ALPHA, TINY, grid_step, root_mean_square, to_grid
 from resplice.kernels.hadamard import hadamard, largest_block, transform_by_product
 from resplice.ops import OpSample, op
 
@@ -108,21 +101,33 @@ def _cost(x: Tensor, bits: int, block: int, clip: float, estimator: str, rotate_
     return Cost(2 * x.numel() * block * turns + 8 * x.numel(), size, size)
 
 
+def _in_place(
+    x: Tensor, bits: int, block: int, clip: float, estimator: str, rotate_back: bool
+) -> Tensor:
+    """The same arithmetic as the reference without its temporaries: what training spends on."""
+    values = _rotated(x, block)
+    step, half = grid_step(values, bits), 2 ** (bits - 1)
+    levels = values.div_(step) if block > 1 else values / step  # a rotated value is our own
+    levels.add_(0.5).round_().clamp_(1 - half, half).sub_(0.5).mul_(step)
+    return _turned(levels, block if rotate_back else 1).to(x.dtype)
+
+
 @op(
     "quest_quantize(Tensor x, int bits, int block, float clip, str estimator, bool rotate_back)"
     " -> Tensor",
     verify=_verify,
     cost=_cost,
     fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+    fast=_in_place,
     samples=_samples,
+    autocast=(),
 )
 def rounded(
     x: Tensor, bits: int, block: int, clip: float, estimator: str, rotate_back: bool
 ) -> Tensor:
     """The op behind `quest_quantize`; block 1 is no transform, clip 0 the estimator's own bound."""
     values = _rotated(x, block)
-    step = grid_step(values, bits)
-    found = from_codes(to_codes(values, step, bits), step, bits)
+    found = to_grid(values, grid_step(values, bits), bits)
     return _turned(found, block if rotate_back else 1).to(x.dtype)
 
 
@@ -138,7 +143,7 @@ def trusted(values: Tensor, bits: int, clip: float, estimator: str) -> Tensor:
     own = levels / (levels - 1) if estimator == "trust" else 1.0
     rms = root_mean_square(values)
     inside = values.abs() <= (clip or own) * ALPHA[bits] * rms
-    return inside & (rms > 0) if estimator == "trust" else inside
+    return inside.logical_and_(rms > 0) if estimator == "trust" else inside
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -11,6 +11,7 @@ from torch import fx
 from resplice.build import Builder
 from resplice.change import Change
 from resplice.context import Context
+from resplice.ops import find_op
 from resplice.pass_base import Pass, option
 from resplice.passes.canonicalize import remove_dead
 from resplice.passes.cse import is_pure
@@ -26,7 +27,7 @@ class Fold(Pass):
         %2 = aten.cos(%1): f32[8]     ->   %1 = weight("folded.cos"): f32[8]
 
     A result is folded only if it is not larger than `max-kib` or than what it replaces (inputs that
-    nothing else reads), so that folding never swells the program.
+    nothing else reads), so that folding never swells the program. Packed weights stay packed.
     """
 
     name = "fold"
@@ -61,6 +62,8 @@ class Fold(Pass):
         static = isinstance(node.meta.get("val"), torch.Tensor) and all(n in values for n in inputs)
         if node.op != "call_function" or not static or not is_pure(node) or _is_symbolic(node):
             return None
+        if _unpacks(node):
+            return None
         gone = [n for n in inputs if len(n.users) == 1 and reads[str(n.target)] <= 1]
         if _bytes(node.meta["val"]) > max(
             self.max_kib * 1024, sum(_bytes(values[n]) for n in gone)
@@ -76,6 +79,12 @@ class Fold(Pass):
         name = f"folded.{node.name}"
         new = Builder(program, node, self.name).weight(name, value.detach().clone())
         replace_node(program, node, new, self.name)
+
+
+def _unpacks(node: fx.Node) -> bool:
+    """Whether an op of ours holds a weight as codes, which folding would undo."""
+    op = find_op(node.target)
+    return op is not None and op.parameters is not None
 
 
 def _bytes(value: torch.Tensor) -> int:

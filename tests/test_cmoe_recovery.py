@@ -16,9 +16,10 @@ import resplice
 from resplice.context import Context
 from resplice.errors import UsageError
 from resplice.kernels.moe_ffn import moe_ffn
-from resplice.passes.cmoe.recovery import Recipe, next_token_loss, rebalanced, recover
+from resplice.passes.cmoe.recovery import Recipe, rebalanced, recover
 from resplice.pipeline import Pipeline
 from resplice.program import Program
+from resplice.training import next_token_loss
 
 
 def task(steps: int = 40) -> tuple[nn.Module, Program, list[dict[str, Tensor]], Any]:
@@ -93,7 +94,7 @@ def test_training_continues_where_it_stopped(tmp_path: Path) -> None:
     model, whole, batches, loss = task(20)
     straight = recover(whole, batches, loss=loss, **quiet)
     _, first, _, _ = task(20)
-    file = tmp_path / "state.pt"
+    file = tmp_path / "state.safetensors"
     recover(first, batches[:12], loss=loss, checkpoint=file, every=5, **quiet)
     _, second, _, _ = task(20)
     done = recover(second, batches, loss=loss, checkpoint=file, **quiet)

@@ -16,6 +16,7 @@ from resplice.capture import capture
 from resplice.compare import difference
 from resplice.cost import Cost, node_cost, program_cost
 from resplice.errors import CaptureError, OpError
+from resplice.kernels.code_linear import code_linear
 from resplice.kernels.hadamard import hadamard, hadamard_matrix, largest_block
 from resplice.kernels.moe_ffn import moe_ffn
 from resplice.kernels.quant_linear import dequantize, group_count, quant_linear
@@ -54,13 +55,24 @@ class Calls(nn.Module):
                     self.register_buffer(f"constant_{i}_{j}", value)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """One result per sample."""
-        return tuple(self.op(x, *self.rest(i)) for i, x in enumerate(inputs))
+        """The results of every sample."""
+        found = [results(self.op, x, *self.rest(i)) for i, x in enumerate(inputs)]
+        return tuple(result for several in found for result in several)
 
     def rest(self, i: int) -> Iterator[Any]:
         """Arguments after the first, tensors from buffers."""
         for j, value in enumerate(self.calls[i]):
             yield getattr(self, f"constant_{i}_{j}") if isinstance(value, Tensor) else value
+
+
+def as_tuple(found: Any) -> tuple[Tensor, ...]:
+    """One result or several."""
+    return (found,) if isinstance(found, Tensor) else tuple(found)
+
+
+def results(op: Op, *args: Any) -> tuple[Tensor, ...]:
+    """What an op returns."""
+    return as_tuple(op(*args))
 
 
 def program_of(op: Op, *samples: OpSample) -> Program:
@@ -84,21 +96,25 @@ def test_every_op_has_good_and_refused_samples() -> None:
 @each(GOOD)
 def test_the_registered_op_is_its_reference(op: Op, sample: OpSample) -> None:
     """Without a fast path it is the reference itself; with one, see the next test."""
-    expected, found = op.reference(*sample.args), op(*sample.args)
-    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
-    if op.fast is None:
-        assert torch.equal(found, expected)
+    pairs = zip(as_tuple(op.reference(*sample.args)), results(op, *sample.args), strict=True)
+    for expected, found in pairs:
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+        if op.fast is None:
+            assert torch.equal(found, expected)
 
 
 @each(GOOD)
 def test_the_op_is_near_its_reference_in_float64(op: Op, sample: OpSample) -> None:
     """A sum of n products errs by at most n eps |a||b|, and |a||b| <= sqrt(n) max|result|, say."""
-    exact, found = op.reference(*widened(sample.args)), op(*sample.args)
     size = sample.args[0].shape[-1]
-    bar = size**1.5 * torch.finfo(found.dtype).eps
-    measured = difference(exact, found)
-    assert measured.finite
-    assert measured.relative <= bar
+    wide = as_tuple(op.reference(*widened(sample.args)))
+    for exact, found in zip(wide, results(op, *sample.args), strict=True):
+        if not found.is_floating_point():
+            assert torch.equal(found, exact)
+            continue
+        measured = difference(exact, found)
+        assert measured.finite
+        assert measured.relative <= size**1.5 * torch.finfo(found.dtype).eps
 
 
 @each(GOOD)
@@ -114,7 +130,8 @@ def test_inputs_that_are_not_contiguous_give_the_same(op: Op, sample: OpSample) 
     x, *rest = sample.args
     strided = x.unsqueeze(-1).repeat_interleave(2, -1)[..., 0]
     assert not strided.is_contiguous() or strided.numel() <= 1
-    assert torch.equal(op(strided, *rest), op(x, *rest))
+    for a, b in zip(results(op, strided, *rest), results(op, x, *rest), strict=True):
+        assert torch.equal(a, b)
 
 
 @each(ROW_BY_ROW)
@@ -165,17 +182,18 @@ def test_an_input_without_axes_is_refused(op: Op) -> None:
 @each(GOOD)
 def test_fake_results_have_the_layout_of_real_ones(op: Op, sample: OpSample) -> None:
     with FakeTensorMode() as mode:
-        fake = op(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in sample.args))
-    real = op(*sample.args)
-    assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+        args = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in sample.args]
+        fakes = results(op, *args)
+    for fake, real in zip(fakes, results(op, *sample.args), strict=True):
+        assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
 
 
 @each(GOOD)
 def test_the_op_survives_capture(op: Op, sample: OpSample) -> None:
     program = program_of(op, sample)
-    (result,) = program.output_nodes
-    assert find_op(result.target) is op
-    assert torch.equal(program(sample.args[0])[0], op(*sample.args))
+    assert [n for n in program.graph.nodes if find_op(n.target) is op]
+    for a, b in zip(program(sample.args[0]), results(op, *sample.args), strict=True):
+        assert torch.equal(a, b)
 
 
 DYNAMIC = [case for case in ROW_BY_ROW if all(size > 1 for size in case[1].args[0].shape)]
@@ -267,12 +285,14 @@ def test_a_bias_gets_its_gradient_from_a_single_row() -> None:
 def test_cost_grows_with_the_input(op: Op, sample: OpSample) -> None:
     x, *rest = sample.args
     assert op.cost_rule is not None
-    once, twice = op.cost_rule(x, *rest), op.cost_rule(torch.cat((x, x)), *rest)
+    doubled = [torch.cat((rest[0], rest[0])), *rest[1:]] if op is code_linear else rest
+    once, twice = op.cost_rule(x, *rest), op.cost_rule(torch.cat((x, x)), *doubled)
     assert twice.flops == 2 * once.flops
     assert twice.written == 2 * once.written
     more = twice.read - once.read
-    assert more == x.nbytes or (op is moe_ffn and more > x.nbytes)  # more tokens, more experts
-    assert once.written == op(*sample.args).nbytes
+    # moe_ffn: more tokens, more experts; code_linear: a step for every token
+    assert more == x.nbytes or (op in (moe_ffn, code_linear) and more > x.nbytes)
+    assert once.written == sum(result.nbytes for result in results(op, *sample.args))
     assert once.read >= x.nbytes
     assert min(once.flops, once.read, once.written) >= 0
 
@@ -282,7 +302,8 @@ def test_cost_of_a_node_is_the_cost_of_its_call(op: Op, sample: OpSample) -> Non
     assert op.cost_rule is not None
     expected = op.cost_rule(*sample.args)
     program = program_of(op, sample)
-    assert node_cost(program.output_nodes[0]) == expected
+    (call,) = (n for n in program.graph.nodes if find_op(n.target) is op)
+    assert node_cost(call) == expected
     assert program_cost(program) == expected
 
 
@@ -364,9 +385,10 @@ def test_onnxruntime_agrees(op: Op, options: dict[str, Any], tmp_path: Path) -> 
     assert artifact.bar <= onnx.backend.EXACT_BAR, "no error is allowed for without int8"
     inputs = {f"inputs_{i}": sample.args[0] for i, sample in enumerate(samples)}
     found = artifact.run(inputs)
-    names = ["output"] if len(samples) == 1 else [f"output_{i}" for i in range(len(samples))]
-    for name, sample in zip(names, samples, strict=True):
-        measured = difference(op(*sample.args), found[name])
+    cases = [(sample, result) for sample in samples for result in results(op, *sample.args)]
+    names = ["output"] if len(cases) == 1 else [f"output_{i}" for i in range(len(cases))]
+    for name, (sample, expected) in zip(names, cases, strict=True):
+        measured = difference(expected, found[name])
         assert measured.finite, sample.label
         assert measured.relative <= artifact.bar, sample.label
 

@@ -18,7 +18,7 @@ from resplice.pipeline import Pipeline
 from resplice.program import Program
 
 VIDEO = {"batch": 1, "frames": 3, "rows": 4, "columns": 4}
-WORDS = {"batch": 2, "seq": 6}
+WORDS = {"batch": 1, "seq": 5}
 CASES: list[Any] = [
     ("wan", "sta{tile=1,2,2 window=1,1,1}", VIDEO, {"tile_attention": 2}),
     ("llama", "quest{weight-bits=4}", WORDS, {"quant_linear": 14, "hadamard": 8}),
@@ -62,7 +62,7 @@ def _agrees(artifact: Any, program: Program, function: str = "main") -> None:
 def test_a_rewritten_model_runs_on_its_kernels(
     name: str, spec: str, sizes: dict[str, int], kernels: dict[str, int], tmp_path: Path
 ) -> None:
-    small = resplice.optimize(_captured(name, sizes), spec)
+    small = resplice.optimize(_captured(name, sizes), spec, check=False)
     artifact = small.to_triton(tmp_path / "m", arch="sm_90", check=False)
     found = _kernels(artifact)
     assert {op: found.get(op, 0) for op in kernels} == kernels
@@ -71,7 +71,7 @@ def test_a_rewritten_model_runs_on_its_kernels(
 
 def test_two_functions_share_one_folder(tmp_path: Path) -> None:
     """tdtm: the merged model is main, the full one a further function."""
-    merged, _ = Pipeline.of("tdtm").run(_captured("wan", VIDEO))
+    merged, _ = Pipeline.of("tdtm{steps=3}").run(_captured("wan", VIDEO))
     artifact = resplice.optimize(merged).to_triton(tmp_path / "m", arch="sm_90", check=False)
     assert set(artifact.manifest["functions"]) == {"main", "full"}
     for function, program in merged.all_functions():
@@ -97,9 +97,10 @@ def test_half_precision_is_held_to_its_own_bar(tmp_path: Path) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.inner = torch.nn.Linear(64, 96).bfloat16()
+            self.outer = torch.nn.Linear(96, 8).bfloat16()
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x)
+            return self.outer(self.inner(x).relu())
 
     torch.manual_seed(0)
     small = resplice.optimize(

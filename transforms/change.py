@@ -78,6 +78,12 @@ class Change:
         """Number of rewritten sites."""
         return len(self.sites)
 
+    @property
+    def warnings(self) -> list[str]:
+        """Notes that begin with "warning:": they are shown without being asked for."""
+        kind = "warning:"
+        return [n[len(kind) :].strip() for n in self.notes if n.lower().startswith(kind)]
+
     def refuse(self, node: fx.Node, reason: str) -> None:
         """Record a site left alone."""
         self.refusals.append(Refusal(node.name, origin(node), reason))

@@ -28,6 +28,10 @@ class RespliceError(Exception):
         super().__init__("\n".join(part for part in parts if part))
 
 
+class RespliceWarning(UserWarning):
+    """A pass did what was asked, and the result will hardly be what is wanted."""
+
+
 class UsageError(RespliceError, ValueError):
     """An argument of the Python API or of the command line is wrong."""
 

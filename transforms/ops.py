@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,6 +55,9 @@ class Op:
         lowerings: Backend name -> function, or "module:function" loaded on demand. It receives
             the backend's builder first, so this file needs no backend installed.
         samples: Yields good, edge and to-be-refused calls.
+        autocast: Under `torch.autocast`, the arguments (by name) that are cast to its dtype first,
+            as torch does for its products; the op itself computes in the dtypes it is given. None:
+            autocast reaches into the reference.
     """
 
     name: str
@@ -65,13 +69,14 @@ class Op:
     parameters: Callable[..., int] | None = None
     samples: Callable[[], Iterator[OpSample]] | None = None
     lowerings: dict[str, Callable[..., Any] | str] = field(default_factory=dict)
+    autocast: tuple[str, ...] | None = None
     __doc__: str | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the op eagerly on tensors, with its arguments checked."""
         return self.overload(*args, **kwargs)
 
-    @property
+    @cached_property
     def overload(self) -> torch._ops.OpOverload:
         """The registered torch operator."""
         found: torch._ops.OpOverload = getattr(torch.ops.resplice, self.name).default
@@ -104,6 +109,7 @@ def op(
     fast: Callable[..., Any] | None = None,
     parameters: Callable[..., int] | None = None,
     samples: Callable[[], Iterator[OpSample]] | None = None,
+    autocast: tuple[str, ...] | None = None,
 ) -> Callable[[Callable[..., Any]], Op]:
     """Register an op: its schema, reference and the rest of its declaration.
 
@@ -115,15 +121,18 @@ def op(
         fast: A faster eager implementation of the same meaning.
         parameters: Model parameters its packed constants stand for, less their own float entries.
         samples: Sample calls for the generated tests.
+        autocast: Arguments that autocast casts, by name; see `Op`.
     """
 
     def declare(reference: Callable[..., Any]) -> Op:
         name = schema.partition("(")[0]
         found = Op(
             name, schema, reference, verify, cost, fast, parameters, samples,
-            __doc__=reference.__doc__,
+            autocast=autocast, __doc__=reference.__doc__,
         )  # fmt: skip
         _register(found, fake or reference)
+        if autocast is not None:
+            _keep_precision(found, autocast)
         _OPS[name] = found
         return found
 
@@ -158,6 +167,34 @@ def _register(found: Op, fake: Callable[..., Any]) -> None:
     library.define(found.schema)
     library.impl(found.name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{found.name}", shape, lib=library)
+
+
+def _keep_precision(found: Op, casts: tuple[str, ...]) -> None:
+    """Cast the named arguments as autocast wants, then run the op with autocast off."""
+    names = [argument.name for argument in found.overload._schema.arguments]
+
+    for device in ("CPU", "CUDA"):
+        key = getattr(torch._C.DispatchKey, f"Autocast{device}")
+
+        def run(*args: Any, _device: str = device.lower(), _key: Any = key) -> Any:
+            kind = torch.get_autocast_dtype(_device)
+            given = [
+                value.to(kind) if name in casts and _narrows(value) else value
+                for name, value in zip(names, args, strict=False)
+            ]
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_key)):
+                return found.overload(*given)
+
+        _library().impl(found.name, run, f"Autocast{device}")
+
+
+def _narrows(value: Any) -> bool:
+    """Whether autocast touches a value: it leaves float64 alone."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.is_floating_point()
+        and value.dtype != torch.float64
+    )
 
 
 _libraries: list[torch.library.Library] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -10,7 +11,14 @@ from resplice import legality
 from resplice.change import Change
 from resplice.compare import EXACT_BARS
 from resplice.context import Context
-from resplice.errors import NumericsError, OpError, PassError, RespliceError, VerifyError
+from resplice.errors import (
+    NumericsError,
+    OpError,
+    PassError,
+    RespliceError,
+    RespliceWarning,
+    VerifyError,
+)
 from resplice.ledger import Ledger, compare_programs
 from resplice.pass_base import Approx, Exact, Pass
 from resplice.program import Program
@@ -100,9 +108,15 @@ class Pipeline:
             if check:
                 step.ledger = _checked(program, current, item, changes, steps)
             steps.append(step)
+            _warn(item, changes)
             if on_step:
                 on_step(step, current)
         return current, steps
+
+
+def _warn(item: Pass, changes: Sequence[Change]) -> None:
+    for text in dict.fromkeys(text for change in changes for text in change.warnings):
+        warnings.warn(f"{item}: {text}", RespliceWarning, stacklevel=3)
 
 
 def _apply(

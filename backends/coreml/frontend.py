@@ -123,6 +123,19 @@ def _lut_weight(context: Any, node: Any) -> None:
     context.add(weight)
 
 
+@handles("resplice_mil::sparse_weight", "sparse_weight")
+def _sparse_weight(context: Any, node: Any) -> None:
+    codes, mask, levels = (context[name].val for name in node.inputs[:3])
+    kind = mil_types.nptype_from_builtin(mil_types.string_to_builtin(_UNPACKED[node.inputs[3]]))
+    flag = mil_types.nptype_from_builtin(mil_types.string_to_builtin("uint1"))
+    table = levels.astype(np.float32).reshape((*[1] * mask.ndim, levels.shape[-1], 1))
+    kept, values = Emit.constexpr_lut_to_sparse(
+        indices_mask=mask.astype(flag), indices_nonzero_data=codes.reshape(-1).astype(kind),
+        lut=table, name=f"{node.name}_kept",
+    )  # fmt: skip
+    context.add(Emit.constexpr_sparse_to_dense(nonzero_data=values, mask=kept, name=node.name))
+
+
 @handles("resplice_mil::block_weight", "block_weight")
 def _block_weight(context: Any, node: Any) -> None:
     codes, scale = (context[name].val for name in node.inputs[:2])

@@ -23,6 +23,7 @@ _LIBRARY.define(
     " ScalarType dtype) -> Tensor"
 )
 _LIBRARY.define("lut_weight(Tensor codes, Tensor levels, int bits) -> Tensor")
+_LIBRARY.define("sparse_weight(Tensor codes, Tensor mask, Tensor levels, int bits) -> Tensor")
 _LIBRARY.define("block_weight(Tensor codes, Tensor scale, int zero, int bits) -> Tensor")
 
 
@@ -42,6 +43,11 @@ def _lut_weight(codes: Tensor, levels: Tensor, bits: int) -> Tensor:
     return levels[codes.long()]
 
 
+def _sparse_weight(codes: Tensor, mask: Tensor, levels: Tensor, bits: int) -> Tensor:
+    dense = levels.new_zeros(mask.shape)
+    return dense.masked_scatter(mask.bool(), levels[codes.long()])
+
+
 def _block_weight(codes: Tensor, scale: Tensor, zero: int, bits: int) -> Tensor:
     spread = scale.repeat_interleave(codes.shape[-1] // scale.shape[-1], -1)
     return (codes.to(scale.dtype) - zero) * spread
@@ -49,12 +55,19 @@ def _block_weight(codes: Tensor, scale: Tensor, zero: int, bits: int) -> Tensor:
 
 torch.library.register_fake(f"{NAMESPACE}::call", _call, lib=_LIBRARY)
 _LIBRARY.impl("lut_weight", _lut_weight, "CompositeExplicitAutograd")
+_LIBRARY.impl("sparse_weight", _sparse_weight, "CompositeExplicitAutograd")
 _LIBRARY.impl("block_weight", _block_weight, "CompositeExplicitAutograd")
 torch.library.register_fake(f"{NAMESPACE}::lut_weight", _lut_weight, lib=_LIBRARY)
+torch.library.register_fake(
+    f"{NAMESPACE}::sparse_weight",
+    lambda codes, mask, levels, bits: levels.new_empty(mask.shape),
+    lib=_LIBRARY,
+)
 torch.library.register_fake(f"{NAMESPACE}::block_weight", _block_weight, lib=_LIBRARY)
 
 CALL = torch.ops.resplice_mil.call.default
 LUT_WEIGHT = torch.ops.resplice_mil.lut_weight.default
+SPARSE_WEIGHT = torch.ops.resplice_mil.sparse_weight.default
 BLOCK_WEIGHT = torch.ops.resplice_mil.block_weight.default
 
 

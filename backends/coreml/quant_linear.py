@@ -20,8 +20,8 @@ from torch import fx
 from resplice.backends.coreml.builder import CoremlBuilder
 from resplice.backends.coreml.mil_op import BLOCK_WEIGHT, LUT_WEIGHT
 from resplice.kernels.packing import unpack
-from resplice.kernels.quest_codes import float_codes
 from resplice.kernels.quant_linear import dequantize
+from resplice.kernels.quest_codes import float_codes
 
 aten = torch.ops.aten
 

@@ -61,7 +61,7 @@ class OnnxBackend:
                 exported, found = lower_program(function, options)
                 errors, notes[name] = errors + found["errors"], found
                 model = export_model(exported, function, options.opset)
-                _describe(model, function, _bar(found.pop("errors")))
+                _describe(model, function, _bar(found.pop("errors")), found["paths"])
                 file = function_file(stage / target.name, name)
                 _save(model, file, function, options, shared)
             artifact = OnnxArtifact(
@@ -85,9 +85,9 @@ def _check(artifact: OnnxArtifact, program: Program) -> dict[str, dict[str, Diff
     }
 
 
-def _describe(model: ir.Model, program: Program, bar: float) -> None:
+def _describe(model: ir.Model, program: Program, bar: float, paths: dict[str, int]) -> None:
     """Name the dimensions and store what a later tool needs to know."""
-    stored = {**program_metadata(program), "bar": bar}
+    stored = {**program_metadata(program), "bar": bar, "paths": paths}
     model.metadata_props.update(
         {f"resplice.{key}": json.dumps(value) for key, value in stored.items()}
     )

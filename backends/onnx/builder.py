@@ -22,12 +22,13 @@ class OnnxBuilder(Builder):
     Attributes:
         options: The export's options.
         error: Relative error that operators inserted so far may add (for the declared bar).
+        path: Which of several operators or precisions was chosen, for the artefact's notes.
     """
 
     def __init__(self, program: Program, before: fx.Node, options: OnnxOptions) -> None:
         """Build right before a node."""
         super().__init__(program, before)
-        self.options, self.error = options, 0.0
+        self.options, self.error, self.path = options, 0.0, ""
 
     def onnx(
         self,

@@ -28,6 +28,7 @@ def lower(
     size = int(x.meta["val"].shape[-1])
     if 0 < group < size:
         return None
+    build.path = f"MatMulInteger, {bits} by {x_bits} bits"
     plain = float_codes(build, x)
     zero = 2 ** (x_bits - 1)
     unsigned = build.shared(aten.add.Tensor, plain, zero)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -41,7 +42,10 @@ def lower_program(program: Program, options: OnnxOptions) -> tuple[ExportedProgr
         exported = decompose(exported, references)
     errors = [build.error for build in ops.builders if build.error]
     legalized = {rule: count for rule, count in legalized.items() if count}
-    return exported, {"ops": dict(ops.ways), "errors": errors, "legalized": legalized}
+    paths = dict(Counter(build.path for build in ops.builders if build.path))
+    return exported, {
+        "ops": dict(ops.ways), "paths": paths, "errors": errors, "legalized": legalized
+    }  # fmt: skip
 
 
 def _refuse_effects(program: Program) -> None:

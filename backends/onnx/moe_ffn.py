@@ -93,8 +93,12 @@ class _Layer:
         )  # fmt: skip
 
     def _parts(self, stacked: fx.Node, *, transposed: bool) -> list[fx.Node]:
-        """Each expert's own constant, as MatMul takes it."""
-        build, value = self.build, self.build.program.weight(stacked).detach()
+        """Each expert's own constant, as MatMul takes it; computed where the stack is."""
+        build, count = self.build, int(stacked.meta["val"].shape[0])
+        if stacked.op != "get_attr":  # packed codes: onnxruntime folds this when it loads them
+            picked = [build(aten.select.int, stacked, 0, number) for number in range(count)]
+            return [build(aten.transpose.int, p, 0, 1) for p in picked] if transposed else picked
+        value = build.program.weight(stacked).detach()
         parts = value.transpose(1, 2) if transposed else value
         return [
             build.weight(f"{stacked.target}_{number}", part.contiguous())
@@ -139,6 +143,8 @@ class _Layer:
             return "its gates are trained"
         if self.bias is not None:
             return "its experts have biases"
+        if any(node.op != "get_attr" for node in (self.weight, self.out)):
+            return "its weights are packed"
         width = self.weight.meta["val"].shape[-1]
         return None if self.out.meta["val"].shape[1] == width else "it changes the width"
 

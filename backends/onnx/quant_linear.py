@@ -56,8 +56,12 @@ def _fused(
         else scales
     )
     name = str(codes.target)
-    if build.options.accuracy_level == 4:
+    level = build.options.accuracy_level
+    build.path = f"MatMulNBits, {field} bits, accuracy level {level}"
+    if level == 4:
         build.error = LEVEL_4_ERROR
+    elif field != 4:
+        build.path += " (onnxruntime has no fast kernel for it: choose level 4 for speed)"
     return build.onnx(
         "com.microsoft::MatMulNBits",
         [

@@ -184,7 +184,7 @@ class _Runs:
 
     def _train(self, program: Program, batches: list[Any], name: str) -> float:
         start, folder = time.perf_counter(), self.options.checkpoint
-        file = folder / f"{name}.pt" if folder else None
+        file = folder / f"{name}.safetensors" if folder else None
         recover(program, batches, recipe=Recipe(rate=self.options.rate), checkpoint=file)
         return time.perf_counter() - start
 

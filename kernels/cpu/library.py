@@ -1,11 +1,11 @@
-"""`quest.c` as a shared library: compiled once per machine, kept in the user's cache, checked.
+"""The C files of this folder as one shared library, compiled once per machine and checked.
 
 The file's name holds a digest of source, flags, compiler and processor, and one of its own bytes:
 a damaged file is not loaded but built again. It appears by one rename, so processes may build at
 the same time. Without a compiler, or where a result is wrong, ops run in plain torch.
 
-`RESPLICE_KERNELS=off` switches compiled kernels off, `RESPLICE_CACHE` moves the cache
-(`$XDG_CACHE_HOME/resplice`, `~/.cache/resplice`), `CC` names the compiler.
+`RESPLICE_KERNELS=off` (read on first use) switches compiled kernels off, `RESPLICE_CACHE` moves the
+cache (`$XDG_CACHE_HOME/resplice`, `~/.cache/resplice`), `CC` names the compiler.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 
 from resplice.kernels.cpu.selfcheck import first_fault
 
-SOURCE = Path(__file__).with_name("quest.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("quest.c", "moe.c"))
 COMMON = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-math-errno",
           "-fno-trapping-math", "-w")  # fmt: skip
 VARIANTS = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
@@ -41,6 +41,7 @@ _SIGNATURES = {
     "resplice_hadamard": (_POINTER, _LONG, _LONG, _LONG, _POINTER, _INT),
     "resplice_quest_codes": (_POINTER, _LONG, _LONG, _INT, _LONG, _DOUBLE, _DOUBLE, _POINTER,
                              _POINTER, _INT),
+    "resplice_moe_one_token": (*[_POINTER] * 14, *[_LONG] * 7, *[_INT] * 4),
 }  # fmt: skip
 _enabled: ContextVar[bool] = ContextVar("resplice_kernels", default=True)
 _lock = threading.Lock()
@@ -58,7 +59,7 @@ _state = _State()
 
 def kernels() -> ctypes.CDLL | None:
     """The library; None where ops are to run in plain torch."""
-    if not _enabled.get() or os.environ.get("RESPLICE_KERNELS") == "off":
+    if not _enabled.get():
         return None
     if not _state.status:
         with _lock:
@@ -69,7 +70,7 @@ def kernels() -> ctypes.CDLL | None:
 
 def kernels_status() -> str:
     """Whether compiled kernels run, and why not: `compiled: -march=native -fopenmp`."""
-    if not _enabled.get() or os.environ.get("RESPLICE_KERNELS") == "off":
+    if not _enabled.get():
         return "plain torch: switched off"
     kernels()
     return _state.status
@@ -91,6 +92,8 @@ def forget() -> None:
 
 
 def _opened() -> tuple[ctypes.CDLL | None, str]:
+    if os.environ.get("RESPLICE_KERNELS") == "off":
+        return None, "plain torch: switched off"
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
     if compiler is None:
         return None, "plain torch: no C compiler (cc, gcc or $CC)"
@@ -131,20 +134,25 @@ def _folder() -> Path:
 
 def _built(folder: Path, compiler: str, flags: tuple[str, ...]) -> tuple[Path | None, str]:
     """A library from the cache, or compiled now; else what the compiler said."""
-    key = _digest(SOURCE.read_bytes(), " ".join(flags).encode(), _version(compiler), _processor())
-    for file in sorted(folder.glob(f"quest-{key}-*.so")):
+    key = _digest(
+        *(f.read_bytes() for f in SOURCES),
+        " ".join(flags).encode(),
+        _version(compiler),
+        _processor(),
+    )
+    for file in sorted(folder.glob(f"kernels-{key}-*.so")):
         if file.stem.endswith(_digest(file.read_bytes())):
             return file, ""
         file.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        made = Path(place, "quest.so")
+        made = Path(place, "kernels.so")
         run = subprocess.run(
-            [compiler, *flags, str(SOURCE), "-o", str(made), "-lm"],
+            [compiler, *flags, *map(str, SOURCES), "-o", str(made), "-lm"],
             capture_output=True, text=True, timeout=_SECONDS, check=False,
         )  # fmt: skip
         if run.returncode:
             return None, f"{compiler}: {run.stderr[-400:]}"
-        final = folder / f"quest-{key}-{_digest(made.read_bytes())}.so"
+        final = folder / f"kernels-{key}-{_digest(made.read_bytes())}.so"
         made.replace(final)
     return final, ""
 

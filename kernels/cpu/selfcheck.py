@@ -25,7 +25,25 @@ def first_fault(library: ctypes.CDLL) -> str:
     matrix = torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(128)] for i in range(128)])
     if float((turned.double() - x.double() @ matrix.double() / 128**0.5).abs().max()) > 1e-5:
         return "the compiled Hadamard transform computes wrongly on this processor"
+    if not _layer_agrees(library, generator):
+        return "the compiled layer of experts computes wrongly on this processor"
     return ""
+
+
+def _layer_agrees(library: ctypes.CDLL, generator: torch.Generator) -> bool:
+    """Integers through always-on ReLU neurons: exact, whatever the order."""
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randint(-9, 10, sizes, generator=generator).float()
+
+    x, first, second = draw(70), draw(45, 70), draw(5, 45)
+    out, scratch = torch.empty(5), torch.empty(45)
+    relu = 4
+    library.resplice_moe_one_token(
+        x.data_ptr(), first.data_ptr(), None, second.data_ptr(), *[None] * 8, out.data_ptr(),
+        scratch.data_ptr(), 70, 5, 45, 0, 0, 0, 0, relu, 0, 0, 1,
+    )  # fmt: skip
+    return bool(out.equal(second @ (first @ x).relu()))
 
 
 def _agrees(

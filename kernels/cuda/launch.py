@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.compiler.code_generator  # noqa: F401  (binds `min` before any patch of it)
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -212,15 +213,15 @@ def launch(
         raise OpError(name_of(function), "x", f"is on {device}: Triton runs on CUDA and ROCm")
 
 
-def by_reference(op: Op, why: str, *args: Any) -> Any:
-    """What no kernel does: the op's reference.
+def by_reference(op: Op, why: str, *args: Any, fast: bool = False) -> Any:
+    """What no kernel does: the op's reference, or its fast path for CPUs.
 
     Raises:
         OpError: Under `recording()`, where a kernel is wanted.
     """
     if _recorded.get() is not None:
         raise OpError(op.name, "x", f"{why}: there is no kernel for that")
-    return op.reference(*args)
+    return (op.fast if fast and op.fast else op.reference)(*args)
 
 
 def constant(numbers: Sequence[int], like: Tensor) -> Tensor:

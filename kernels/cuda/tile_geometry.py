@@ -49,13 +49,20 @@ def axis_queries(index: tl.tensor, tile: tl.tensor, extent: tl.tensor, size: tl.
 
 @triton.jit
 def reciprocal(size: tl.tensor) -> Any:
-    """m with n // size == umulhi(n, m) while n * size < 2**32, as the bits of an int32."""
+    """M with n // size == umulhi(n, m) while n * size < 2**32, as the bits of an int32."""
     return ((0xFFFFFFFF // size.to(tl.uint32)) + 1).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def box_tokens(
-    numbers: tl.tensor, start: tl.tensor, size_h: tl.tensor, size_w: tl.tensor, per_h: tl.tensor, per_w: tl.tensor, h: tl.tensor, w: tl.tensor
+    numbers: tl.tensor,
+    start: tl.tensor,
+    size_h: tl.tensor,
+    size_w: tl.tensor,
+    per_h: tl.tensor,
+    per_w: tl.tensor,
+    h: tl.tensor,
+    w: tl.tensor,
 ) -> Any:
     """Raster positions of a box's tokens.
 
@@ -86,8 +93,8 @@ def row_pointers(
 
 @triton.jit
 def load_rows(
-    base: tl.tensor, tokens: tl.tensor, stride: tl.tensor, valid: tl.tensor, size: tl.constexpr, width: tl.constexpr,
-    wide: tl.constexpr, partial: tl.constexpr,
+    base: tl.tensor, tokens: tl.tensor, stride: tl.tensor, valid: tl.tensor, size: tl.constexpr,
+    width: tl.constexpr, wide: tl.constexpr, partial: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Rows [tokens, width] of a tensor with `size` channels; zeros where they end.
 
@@ -115,8 +122,8 @@ def load_rows(
 
 @triton.jit
 def store_rows(
-    base: tl.tensor, tokens: tl.tensor, stride: tl.tensor, valid: tl.tensor, values: tl.tensor, size: tl.constexpr,
-    width: tl.constexpr, wide: tl.constexpr,
+    base: tl.tensor, tokens: tl.tensor, stride: tl.tensor, valid: tl.tensor, values: tl.tensor,
+    size: tl.constexpr, width: tl.constexpr, wide: tl.constexpr,
 ) -> None:  # fmt: skip
     """Store the valid rows of [tokens, width], in the dtype of the tensor."""
     pointers = row_pointers(base, tokens, stride, width, wide)

@@ -35,7 +35,7 @@ def tile_attention_delta(
     heads: tl.tensor, tokens: tl.tensor,
     dv: tl.constexpr, width_v: tl.constexpr, wide: tl.constexpr, block_m: tl.constexpr,
 ) -> None:  # fmt: skip
-    """delta = sum over channels of out * grad, float32 [B,heads,S]."""
+    """Delta = sum over channels of out * grad, float32 [B,heads,S]."""
     pair = tl.program_id(1)
     head, batch = (pair % heads).to(tl.int64), (pair // heads).to(tl.int64)
     rows = tl.program_id(0) * block_m + tl.arange(0, block_m)
@@ -222,16 +222,16 @@ def tile_attention_key_gradient(
 # ---- the host ----------------------------------------------------------------------------
 
 _QUERY = {
-    "sm_80": [(64, 64, 4, 1), (64, 32, 4, 1)],
-    "sm_90": [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 1)],
-    "sm_100": [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 1)],
+    "sm_80": [(64, 32, 4, 1), (128, 32, 8, 2)],
+    "sm_90": [(128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 1)],
+    "sm_100": [(128, 64, 8, 2), (64, 64, 4, 2)],
     "gfx942": [(64, 32, 4, 1)],
 }
 _KEY = {
-    "sm_80": [(32, 64, 4, 1), (32, 32, 4, 1)],
-    "sm_90": [(64, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 1)],
-    "sm_100": [(64, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 1)],
-    "gfx942": [(32, 64, 4, 1)],
+    "sm_80": [(32, 32, 4, 1), (32, 64, 4, 1)],
+    "sm_90": [(32, 128, 8, 2), (64, 128, 8, 1)],
+    "sm_100": [(64, 128, 8, 2), (32, 128, 8, 2)],
+    "gfx942": [(32, 64, 4, 1), (16, 64, 4, 1)],
 }
 """Queries, keys, warps and stages, the default first."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from resplice.errors import OpError
 from resplice.kernels.cuda.launch import Config, constant, shared_limit
@@ -78,7 +79,8 @@ class TileProblem:
             names = ("mask_batch", "mask_head", "mask_key")
             return {"mask": None, "masking": 0, "mask_image": False, **dict.fromkeys(names, 0)}
         entries = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-        step = [0 if mask.shape[axis] == 1 else mask.stride(axis) for axis in (0, 1)]
+        shared = [statically_known_true(mask.shape[axis] == 1) for axis in (0, 1)]
+        step = [0 if shared[axis] else mask.stride(axis) for axis in (0, 1)]
         return {
             "mask": entries, "masking": 1 if mask.dtype == torch.bool else 2,
             "mask_image": mask.shape[3] != self.text or self.text == q.shape[2],
@@ -98,7 +100,7 @@ class TileProblem:
     @staticmethod
     def wide(*tensors: Tensor) -> bool:
         """Whether offsets within a head pass 31 bits."""
-        return any(x.shape[2] * x.stride(2) >= 2**31 for x in tensors)
+        return any(not statically_known_true(x.shape[2] * x.stride(2) < 2**31) for x in tensors)
 
 
 def head_table(

@@ -12,7 +12,7 @@ an adapter library could wrap; so there is no dropout in front of A. They are me
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,22 +20,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from resplice import weights
+from resplice import checkpoints, weights
 from resplice.api import Optimized
 from resplice.context import Batch
 from resplice.errors import UsageError
 from resplice.kernels.moe_ffn import moe_ffn
 from resplice.kernels.moe_routing import expert_scores, route
 from resplice.program import Program
+from resplice.progress import Report, reporting
+from resplice.training import Loss, next_token_loss, own
 
 aten = torch.ops.aten
 _MATRICES = {aten.linear.default: 1, aten.addmm.default: 2, aten.matmul.default: 1,
              aten.mm.default: 1}  # fmt: skip
 _STACKS = (1, 3, 4, 6)
 _ROUTER, _SCALE, _BALANCE, _ACTIVE = 8, 10, 11, 12
-
-Loss = Callable[[dict[str, Tensor], Batch], Tensor]
-"""(outputs by name, batch) -> scalar."""
 
 
 @dataclass(frozen=True)
@@ -74,16 +73,6 @@ class Recovery:
     loads: dict[str, list[int]] = field(default_factory=dict)
 
 
-def next_token_loss(outputs: dict[str, Tensor], batch: Batch) -> Tensor:
-    """Cross-entropy of the next token, from the first output [B, S, V] and `input_ids` [B, S]."""
-    logits = next(iter(outputs.values()))[:, :-1]
-    targets = batch["input_ids"][:, 1:]
-    valid = batch.get("attention_mask")
-    if valid is not None:
-        targets = targets.masked_fill(valid[:, 1:] == 0, -100)
-    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-
 def recover(
     model: Optimized | Program,
     batches: Sequence[Batch],
@@ -92,7 +81,7 @@ def recover(
     loss: Loss = next_token_loss,
     checkpoint: str | Path | None = None,
     every: int = 20,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Report | None = None,
 ) -> Recovery:
     """Train a carved program in place, one step per batch.
 
@@ -103,7 +92,7 @@ def recover(
         batches: Flat named inputs, one step each.
         recipe: How to train.
         loss: What to minimise.
-        checkpoint: File to continue from if it exists, written every `every` steps.
+        checkpoint: A safetensors file to continue from if it exists, written every `every` steps.
         every: Steps between checkpoints.
         progress: Called with ("recovery", done, total); by default a bar is drawn on stderr.
 
@@ -114,7 +103,7 @@ def recover(
     trainer = _Trainer(program, recipe or Recipe(), loss)
     done = Recovery()
     first = trainer.load(Path(checkpoint), done) if checkpoint else 0
-    with _bar(progress) as report:
+    with reporting(progress, "recovery") as report:
         for number in range(first, len(batches)):
             report("recovery", number, len(batches))
             done.losses.append(trainer.step(batches[number]))
@@ -167,14 +156,15 @@ class _Trainer:
         self.balance = {name: program.weight(name).clone() for name in self._names(_BALANCE)}
         for name, value in self.balance.items():
             weights.put(program.module, name, value)
-        scales = {name: _own(program, name) for name in self._names(_SCALE)}
+        scales = own(program, self._names(_SCALE))
         self.plain = dict(scales)
         self.low: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
         generator = torch.Generator().manual_seed(recipe.seed)
         chosen = list(self._matrices())
         if recipe.method == "full":
-            self.plain |= {name: _own(program, name) for name in chosen}
-            trained = [self.plain[name] for name in chosen]
+            owned = own(program, chosen)
+            self.plain |= owned
+            trained = list(owned.values())
         else:
             self.low = {name: self._adapter(name, generator) for name in chosen}
             trained = [part for pair in self.low.values() for part in pair]
@@ -254,69 +244,34 @@ class _Trainer:
                 if weights.has(function.module, name):
                     weights.put(function.module, name, value)
 
-    def save(self, path: Path, done: Recovery) -> None:
-        state = {
-            "recipe": asdict(self.recipe), "losses": done.losses, "balance": self.balance,
-            "plain": {name: value.detach() for name, value in self.plain.items()},
-            "low": {name: [p.detach() for p in pair] for name, pair in self.low.items()},
-            "optimizer": self.optimizer.state_dict(),
+    @property
+    def _notes(self) -> dict[str, Any]:
+        """What a checkpoint must agree with."""
+        return {
+            "recipe": asdict(self.recipe), "low": sorted(self.low), "plain": sorted(self.plain)
         }  # fmt: skip
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        torch.save(state, part)
-        part.replace(path)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything that training changes, apart from the optimiser's state."""
+        found: dict[str, Tensor] = {f"plain.{name}": value for name, value in self.plain.items()}
+        found |= {f"balance.{name}": value for name, value in self.balance.items()}
+        for name, (b, a) in self.low.items():
+            found |= {f"low_b.{name}": b, f"low_a.{name}": a}
+        return found
+
+    def save(self, path: Path, done: Recovery) -> None:
+        tensors = self._tensors() | dict(checkpoints.optimizer_tensors(self.optimizer))
+        tensors["losses"] = torch.tensor(done.losses, dtype=torch.float64)
+        checkpoints.write(path, tensors, self._notes)
 
     @torch.no_grad()
     def load(self, path: Path, done: Recovery) -> int:
         """Continue from a checkpoint; returns the number of steps it has made."""
-        if not path.exists():
+        tensors = checkpoints.read(path, self._notes)
+        if tensors is None:
             return 0
-        state = torch.load(path, weights_only=True)
-        same = state["recipe"] == asdict(self.recipe) and set(state["low"]) == set(self.low)
-        if not same or set(state["plain"]) != set(self.plain):
-            raise UsageError(
-                f"recovery: {path} is the checkpoint of another training",
-                hint="name another file, or give the same recipe and program",
-            )
-        for name, value in state["plain"].items():
-            self.plain[name].copy_(value)
-        for name, pair in state["low"].items():
-            for own, value in zip(self.low[name], pair, strict=True):
-                own.copy_(value)
-        for name, value in state["balance"].items():
-            self.balance[name].copy_(value)
-        self.optimizer.load_state_dict(state["optimizer"])
-        done.losses = list(state["losses"])
+        for name, value in self._tensors().items():
+            value.copy_(tensors[name])
+        checkpoints.restore_optimizer(self.optimizer, tensors)
+        done.losses = tensors["losses"].tolist()
         return len(done.losses)
-
-
-def _own(program: Program, name: str) -> nn.Parameter:
-    """A copy that can be trained, in every function that reads the weight."""
-    own = nn.Parameter(program.weight(name).detach().clone())
-    for _, function in program.all_functions():
-        if weights.has(function.module, name):
-            weights.put(function.module, name, own)
-    return own
-
-
-class _bar:  # noqa: N801  # used like a function
-    """A progress bar on stderr unless the caller reports progress itself."""
-
-    def __init__(self, progress: Callable[[str, int, int], None] | None) -> None:
-        self.given = progress
-        self.drawn: Any = None
-
-    def __enter__(self) -> Callable[[str, int, int], None]:
-        if self.given is not None:
-            return self.given
-        from rich.console import Console
-        from rich.progress import Progress
-
-        self.drawn = Progress(console=Console(stderr=True))
-        self.drawn.start()
-        task = self.drawn.add_task("recovery", total=None)
-        return lambda _, made, total: self.drawn.update(task, completed=made, total=total)
-
-    def __exit__(self, *_: object) -> None:
-        if self.drawn is not None:
-            self.drawn.stop()

@@ -11,16 +11,14 @@ arXiv 2502.05003: block Hadamard, root-mean-square scale, Gaussian-optimal mid-r
     %5 = weight("mlp.up.weight_step"): f32[N,1]
     %6 = resplice.quant_linear(%3, %4, %5, None, 4, 0)
 
-With `act-bits`, integers meet integers: %3 is resplice.quest_codes(%2, act-bits, 128), codes and
-steps, and %6 resplice.code_linear. With `mode=qat` the weight stays and both are rounded on the
-way: linear(quest_quantize(%2, ...), quest_quantize(weight, ...)).
+With `act-bits`, %3 is rounded as well: resplice.quest_quantize(%2, act-bits, 128, ...). With
+`mode=qat` the weight stays, and is rounded on the way: linear(%3, quest_quantize(weight, ...)).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from fnmatch import fnmatch
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 import torch
@@ -28,32 +26,39 @@ from torch import Tensor, fx
 
 from resplice.build import Builder
 from resplice.change import Change
-from resplice.compare import sqnr_db
 from resplice.context import Context
 from resplice.errors import SpecError
 from resplice.facts import Canonical, FloatWeights
-from resplice.kernels.gaussian_grid import expected_error, expected_sqnr_db
-from resplice.kernels.hadamard import hadamard
-from resplice.kernels.quant_linear import BITS, quant_linear
-from resplice.kernels.quest_quantize import rounded
+from resplice.kernels.gaussian_grid import expected_error
+from resplice.kernels.level_sets import bits_of
+from resplice.kernels.pruning import UNITS
+from resplice.kernels.quant_linear import BITS
 from resplice.pass_base import Approx, Exact, Meaning, Pass, option
-from resplice.passes.quest.integers import code_product
+from resplice.passes.quest.convolutions import QuantizeConvolution
+from resplice.passes.quest.experts import QuantizeExperts, QuantizeStack, refuse_stacks
+from resplice.passes.quest.inputs import flipped, once
+from resplice.passes.quest.packed import Form, PackedWeight, pack_weight
+from resplice.passes.quest.quality import OutputErrors, sum_up, weight_metrics
 from resplice.passes.quest.roles import feeds_embedding, follows_activation, role_of
+from resplice.passes.quest.site import QuestRule
 from resplice.passes.quest.weights import Block, QuantizedWeight, hadamard_block, quantize_weight
 from resplice.pattern import Match, Var, aten, either
 from resplice.program import Program
 from resplice.rules import Rule, apply_rules
 
-_FAR_OFF_DB = 2.0
+_NEEDS_TRAINING = 0.35
+"""Expected relative error of a layer past which rounding after training is worth a warning."""
 
 
 @dataclass(frozen=True)
 class Quest(Pass):
     """Linear layers in few bits: weights, and activations if asked for.
 
-    Finds `linear`, `addmm` (GPT-2's Conv1D) and `matmul` by constant matrices. Left alone, with
-    the reason in the report: the output head (a linear layer whose result is returned), routers
-    (whose result is ranked), weights tied to an embedding, and names matching `skip`.
+    Finds `linear`, `addmm` (GPT-2's Conv1D), `matmul` by constant matrices or stacks of them, the
+    experts of `moe_ffn`, and convolutions if asked. Left alone, with the reason in the report: the
+    output head (a linear layer whose result is returned), routers (whose result is ranked), weights
+    tied to an embedding, and names matching `skip`. A block that does not divide a layer's inputs
+    is refused there; `auto` takes the largest one that does.
     """
 
     name = "quest"
@@ -74,8 +79,19 @@ class Quest(Pass):
     group: int = option(
         0, "weights per scale along the input axis; 0: one scale per output channel"
     )
+    sparse: Literal["off", "2:4", "4:8"] = option(
+        "off",
+        "prune half of the weights: the smaller of four, or of four pairs",
+        choices=tuple(UNITS),
+    )
+    format: Literal["int", "fp4"] = option(
+        "int",
+        "levels of 4-bit operands: the integer grid, or those of E2M1",
+        choices=("int", "fp4"),
+    )
     hadamard: Block = option("auto", "input-side rotation: auto, off, or a block size")
     head: bool = option(False, "also quantise the head, routers and readers of tied embeddings")
+    convs: bool = option(False, "also convolutions, folded to matrices of inputs times kernel")
     skip: tuple[str, ...] = option((), "weight-name patterns to leave alone, such as *.down_proj.*")
 
     @property
@@ -86,7 +102,8 @@ class Quest(Pass):
         """
         if self.weight_bits == self.act_bits == 16:
             return Exact()
-        theory = expected_sqnr_db(min(self.weight_bits, self.act_bits))
+        forms = [self.form(self.weight_bits), self.operand(self.act_bits)]
+        theory = min(form.expected_db for form in forms if form is not None)
         return Approx(theory / 2 if self.hadamard == "off" else theory - 20 * math.log10(2))
 
     def __post_init__(self) -> None:
@@ -101,6 +118,11 @@ class Quest(Pass):
             raise SpecError(f"quest: group={self.group} must be 0 or positive")
         if self.group and self.mode == "qat":
             raise SpecError("quest: mode=qat has one scale per row, group must be 0")
+        if self.sparse != "off" and self.weight_bits == 16:
+            raise SpecError(f"quest: sparse={self.sparse} prunes weights of few bits, not of 16")
+        widths = (self.weight_bits, self.act_bits)
+        if self.format == "fp4" and (4 not in widths or self.weight_bits not in (4, 16)):
+            raise SpecError("quest: format=fp4 has 4 bits, so weight-bits must be 4")
         if self.clip < 0:
             raise SpecError(f"quest: clip={self.clip} must be 0 or positive")
         if isinstance(block, int) and (block < 1 or block & (block - 1)):
@@ -110,6 +132,17 @@ class Quest(Pass):
     def packs(self) -> bool:
         """Whether weights become codes."""
         return self.mode == "ptq" and self.weight_bits < 16
+
+    def form(self, bits: int) -> Form | None:
+        """How weights of that many bits are stored; None at 16."""
+        found = self.operand(bits)
+        return found and replace(found, unit=UNITS[self.sparse], group=self.group)
+
+    def operand(self, bits: int) -> Form | None:
+        """How activations of that many bits are rounded; None at 16."""
+        if bits == 16:
+            return None
+        return Form("fp4" if self.format == "fp4" and bits == 4 else f"int{bits}")
 
     def bound(self, bits: int) -> tuple[float, str]:
         """The gradient's clip and estimator: trust, at one bit the narrower bound of the paper."""
@@ -128,33 +161,25 @@ class Quest(Pass):
         """Replace weights one at a time; a replaced weight is released at once."""
         if self.weight_bits == self.act_bits == 16:
             return Change(notes=["16 bits: nothing to do"])
-        rules = [_QuantizeLinear(self, context), _QuantizeMatmul(self, context)]
+        errors = OutputErrors(program, context.calibration)
+        rules: list[Rule] = [
+            _QuantizeLinear(self, context, errors),
+            _QuantizeMatmul(self, context, errors),
+            QuantizeExperts(self, context),
+            QuantizeStack(self, context),
+        ]
+        rules += [QuantizeConvolution(self, context)] if self.convs else []
         change = apply_rules(program, rules, context, self.name)
-        if self.packs:
-            _sum_up(change)
-        if self.packs and self.act_bits <= 2:
-            error = expected_error(self.weight_bits, self.act_bits)
+        if self.weight_bits < 16:
+            refuse_stacks(program, change)
+        sum_up(change)
+        error = expected_error(self.weight_bits, self.act_bits)
+        if self.mode == "ptq" and error > _NEEDS_TRAINING and change.count:
             change.notes.append(
                 f"WARNING: expect a relative error of {error:.2f} in every layer from "
                 f"W{self.weight_bits}A{self.act_bits} after training; train it with mode=qat"
             )
         return change
-
-
-def _sum_up(change: Change) -> None:
-    far = [s.node for s in change.sites if _is_far_off(s.metrics)]
-    if far:
-        change.notes.append(
-            f"{len(far)} weights err {_FAR_OFF_DB:.0f} dB more than Gaussian theory: "
-            f"{', '.join(far[:8])}"
-        )
-    saved = sum(s.metrics["bytes_before"] - s.metrics["bytes_after"] for s in change.sites)
-    change.notes.append(f"{change.count} weights, {saved / 2**20:.1f} MiB saved")
-
-
-def _is_far_off(metrics: dict[str, Any]) -> bool:
-    measured, theory = float(metrics.get("sqnr_db", math.inf)), float(metrics["theory_db"])
-    return measured < theory - _FAR_OFF_DB
 
 
 def _constant_matrix(value: Any) -> str | None:
@@ -167,38 +192,31 @@ def _constant_matrix(value: Any) -> str | None:
 _X, _W, _B = Var("x"), Var("weight", _constant_matrix), Var("bias")
 
 
-class _QuantizeLinear(Rule):
+class _QuantizeLinear(QuestRule):
     """`linear(x, W, bias)` with W [N, K]."""
 
     name = "linear"
     transposed = False
 
-    def __init__(self, options: Quest, context: Context) -> None:
-        self.options, self.context = options, context
+    def __init__(self, options: Quest, context: Context, errors: OutputErrors) -> None:
+        super().__init__(options, context)
+        self.errors = errors
 
     def pattern(self) -> Any:
         return aten.linear(_X, _W, _B)
 
     def check(self, found: Match) -> None:
-        weight, options = found.node("weight"), self.options
-        done = found.node("x").target is rounded.overload
-        found.require(not done, "its input is rounded already")
-        name = str(weight.target)
-        outputs = weight.meta["val"].shape[1 if self.transposed else 0]
+        weight = found.node("weight")
+        self.require_untouched(found, found.node("x"))
+        outputs, size = weight.meta["val"].shape[:: -1 if self.transposed else 1]
         bias = found["bias"]
         plain = bias is None or tuple(bias.meta["val"].shape) == (outputs,)
         found.require(plain, "what it adds is no bias of one value per output")
-        for skipped in options.skip:
-            found.require(not fnmatch(name, skipped), f"{name} matches skip={skipped}")
-        if not options.head:
+        self.require_weight(found, weight, size)
+        if not self.options.head:
             role = role_of(found.root)
             found.require(role is None, f"it is {role} (head=true includes it)")
             found.require(not feeds_embedding(weight), "its weight is an embedding table")
-        if isinstance(options.hadamard, int):
-            size = weight.meta["val"].shape[0 if self.transposed else 1]
-            found.require(
-                size % options.hadamard == 0, f"hadamard={options.hadamard} does not divide {size}"
-            )
 
     def rewrite(self, found: Match, build: Builder) -> tuple[fx.Node, dict[str, Any]]:
         return self._packed(found, build) if self.options.packs else self._trained(found, build)
@@ -207,27 +225,38 @@ class _QuantizeLinear(Rule):
         node, options = found.node("weight"), self.options
         original, name = build.program.weight(node), str(node.target)
         weight = original.t() if self.transposed else original
-        signs = self._signs(found, weight.shape[1])
+        signs, form = self._signs(found, weight.shape[1]), options.form(options.weight_bits)
+        assert form is not None, "packed below 16 bits"
+        pack = self._fused if form.plain else self._unfused
         quantized = self.context.once(
             weight,
-            (options.weight_bits, options.group, options.hadamard, signs is None),
-            lambda: quantize_weight(
-                weight if signs is None else weight * signs,
-                options.weight_bits, group=options.group, hadamard=options.hadamard,
-            ),
-        )  # fmt: skip
-        x = _flipped(build, found.node("x"), signs)
-        packed = (
-            build.weight(f"{name}_codes", quantized.codes),
-            build.weight(f"{name}_step", quantized.step),
-            found["bias"], quantized.bits, quantized.group,
-        )  # fmt: skip
-        if options.act_bits < 16:
-            new = code_product(build, x, quantized.block, options.act_bits, packed)
-        else:
-            x = _prepared(build, x, quantized.block, 16, options)
-            new = build(quant_linear.overload, x, *packed)
-        return new, _metrics(weight if signs is None else weight * signs, quantized)
+            (form, options.hadamard, signs is None),
+            lambda: pack(weight if signs is None else weight * signs, form),
+        )
+        x = flipped(build, found.node("x"), signs)
+        turned = weight if signs is None else weight * signs
+        if form.plain:
+            metrics = weight_metrics(turned, quantized) | self.errors.of(
+                found.root, found.node("x"), weight, quantized, options.act_bits, quantized.block,
+                signs,
+            )  # fmt: skip
+            packed = (
+                build.weight(f"{name}_codes", quantized.codes),
+                build.weight(f"{name}_step", quantized.step),
+                found["bias"], quantized.bits, quantized.group,
+            )  # fmt: skip
+            return self.fused(build, x, packed), metrics
+        held = quantized.emit(build, name, weight.dtype)
+        new = build(torch.ops.aten.linear.default, self.input(build, x), held, found["bias"])
+        return new, quantized.metrics(turned)
+
+    def _fused(self, weight: Tensor, form: Form) -> QuantizedWeight:
+        bits, block = bits_of(form.levels), self.options.hadamard
+        return quantize_weight(weight, bits, group=form.group, hadamard=block)
+
+    def _unfused(self, weight: Tensor, form: Form) -> PackedWeight:
+        block = hadamard_block(int(weight.shape[1]), self.options.hadamard)
+        return pack_weight(weight, form, block)
 
     def _signs(self, found: Match, size: int) -> Tensor | None:
         """Random signs [K], the same for every layer of that width; None where not wanted."""
@@ -242,23 +271,28 @@ class _QuantizeLinear(Rule):
         if options.weight_bits == 16:
             return self._narrowed(found, build)
         if self.transposed:
-            weight = _once(build, torch.ops.aten.transpose.int, (weight, -1, -2))
+            weight = once(build, torch.ops.aten.transpose.int, (weight, -1, -2))
         size = int(weight.meta["val"].shape[-1])
         block, signs = hadamard_block(size, options.hadamard), self._signs(found, size)
-        weight = _flipped(build, weight, signs)
-        weight = _prepared(build, weight, block, options.weight_bits, options)
-        x = _flipped(build, found.node("x"), signs)
-        x = _prepared(build, x, block, options.act_bits, options)
+        form = options.form(options.weight_bits)
+        weight = flipped(build, weight, signs)
+        weight = self.round(build, weight, form, options.weight_bits, False)
+        x = self.input(build, flipped(build, found.node("x"), signs))
         return build(torch.ops.aten.linear.default, x, weight, found["bias"]), {"block": block}
 
     def _narrowed(self, found: Match, build: Builder) -> tuple[fx.Node, dict[str, Any]]:
         """The same operator on rounded activations, the weight as it is."""
         x, options = found.node("x"), self.options
         block = hadamard_block(int(x.meta["val"].shape[-1]), options.hadamard)
-        bits = options.act_bits
-        narrow = _once(build, rounded.overload, (x, bits, block, *options.bound(bits), True))
+        narrow = self.input(build, x, back=True)
         args = [narrow if arg is x else arg for arg in found.root.args]
-        return build(found.root.target, *args, **found.root.kwargs), {"block": block}
+        new = build(found.root.target, *args, **found.root.kwargs)
+        if options.format == "fp4":  # theory is that of the integer grids
+            return new, {"block": block}
+        original = build.program.weight(found.node("weight"))
+        weight = original.t() if self.transposed else original
+        errors = self.errors.of(found.root, x, weight, None, options.act_bits, block)
+        return new, {"block": block} | errors
 
 
 class _QuantizeMatmul(_QuantizeLinear):
@@ -269,37 +303,3 @@ class _QuantizeMatmul(_QuantizeLinear):
 
     def pattern(self) -> Any:
         return either(aten.addmm(_B, _X, _W), aten.matmul(_X, _W), aten.mm(_X, _W))
-
-
-def _metrics(weight: Tensor, quantized: QuantizedWeight) -> dict[str, Any]:
-    quality = sqnr_db(weight.float(), quantized.dequantize())
-    measured = {"sqnr_db": quality} if math.isfinite(quality) else {"note": "the weight is zero"}
-    return {
-        **measured,
-        "theory_db": expected_sqnr_db(quantized.bits),
-        "bytes_before": weight.nbytes,
-        "bytes_after": quantized.nbytes,
-        "block": quantized.block,
-    }
-
-
-def _flipped(build: Builder, x: fx.Node, signs: Tensor | None) -> fx.Node:
-    if signs is None:
-        return x
-    constant = build.constant(f"quest.signs_{len(signs)}", signs)
-    return build(torch.ops.aten.mul.Tensor, x, constant)
-
-
-def _prepared(build: Builder, x: fx.Node, block: int, bits: int, options: Quest) -> fx.Node:
-    """`x` rotated and, below 16 bits, rounded; made once for all of its readers."""
-    if bits < 16:
-        return _once(build, rounded.overload, (x, bits, block, *options.bound(bits), False))
-    return x if block == 1 else _once(build, hadamard.overload, (x, block))
-
-
-def _once(build: Builder, target: Any, args: tuple[Any, ...]) -> fx.Node:
-    users: list[fx.Node] = list(args[0].users)
-    for user in users:
-        if user.target is target and user.args == args and user < build.before:
-            return user
-    return build(target, *args)

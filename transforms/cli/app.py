@@ -11,13 +11,14 @@ import os
 import sys
 import traceback
 import warnings
+from typing import TextIO
 
 import typer
 
 from resplice.cli import check, convert, inspect, measure, search
 from resplice.cli import run as running
 from resplice.cli.output import talk
-from resplice.errors import ResourceError, RespliceError
+from resplice.errors import ResourceError, RespliceError, RespliceWarning
 
 app = typer.Typer(
     name="resplice", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -39,7 +40,24 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run with the given arguments; returns the exit code."""
-    warnings.filterwarnings("ignore", module=r"torch\..*")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"torch\..*")
+        warnings.simplefilter("always", RespliceWarning)
+        warnings.showwarning = _show_warning
+        return _run(arguments)
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int,
+    file: TextIO | None = None, line: str | None = None,
+) -> None:  # fmt: skip
+    """One line of talk instead of Python's two; ours in red."""
+    ours = issubclass(category, RespliceWarning)
+    kind = "WARNING" if ours else category.__name__
+    talk.print(f"{kind}: {message}", markup=False, soft_wrap=True, style="bold red" if ours else "")
+
+
+def _run(arguments: list[str]) -> int:
     try:
         result = app(arguments, standalone_mode=True)
     except SystemExit as exit_:

@@ -8,11 +8,12 @@ from resplice.backends.coreml.legalize.logic import RULES as LOGIC
 from resplice.backends.coreml.legalize.normalization import RULES as NORMALIZATION
 from resplice.backends.coreml.legalize.rank import RULES as RANK
 from resplice.backends.coreml.legalize.resizing import RULES as RESIZING
+from resplice.backends.coreml.legalize.scales import RULES as SCALES
 from resplice.backends.coreml.legalize.shapes import RULES as SHAPES
 
 RULES = (
     *RANK, *SHAPES, *ATTENTION, *NORMALIZATION, *ARITHMETIC, *LOGIC, *CREATION, *INDEXING,
-    *RESIZING,
+    *RESIZING, *SCALES,
 )  # fmt: skip
 
 __all__ = ["RULES"]

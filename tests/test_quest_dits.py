@@ -1,0 +1,79 @@
+"""quest on video transformers, GPT-2 and mixtures of experts, as their libraries ship them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+from zoo import ZOO
+
+import resplice
+from resplice.backends.coreml import CoremlBackend, CoremlOptions
+from resplice.backends.onnx import OnnxBackend, OnnxOptions
+from resplice.change import Change
+from resplice.compare import sqnr_db
+from resplice.passes.quest import Quest
+from resplice.pipeline import Pipeline
+from resplice.program import Program
+
+SITES = {"ltx": 26, "wan": 25, "hunyuanvideo": 0, "gpt2": 8, "mixtral": 12, "qwen3moe": 12}
+"""Every constant matrix or stack of the captured model, less heads and routers."""
+_PROGRAMS: dict[str, Program] = {}
+
+
+def captured(name: str) -> Program:
+    """The model, captured once."""
+    if name not in _PROGRAMS:
+        model, args, kwargs, shapes = ZOO[name]()
+        sample = resplice.Sample(args, kwargs)
+        _PROGRAMS[name] = resplice.capture(model, sample, dynamic_shapes=shapes)
+    return _PROGRAMS[name]
+
+
+def quantised(name: str, item: Quest) -> tuple[Program, Change]:
+    program, steps = Pipeline((item,)).run(captured(name), check=True)
+    (change,) = steps[-1].changes
+    return program, change
+
+
+def outputs(program: Program) -> list[Tensor]:
+    return list(program.run_fresh(program.sample_tensors()).values())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt2", "mixtral", pytest.param("qwen3moe", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("ltx", "wan", "hunyuanvideo")),
+    ],
+)  # fmt: skip
+def test_sites_and_their_errors(name: str, tmp_path: Path) -> None:
+    """4 bits, 8 bits, and 8 bits of both operands with signs; per weight against theory."""
+    quality = []
+    for item in (
+        Quest(weight_bits=4), Quest(weight_bits=8), Quest(weight_bits=8, act_bits=8, signs=True)
+    ):  # fmt: skip
+        program, change = quantised(name, item)
+        assert change.count == SITES[name]
+        kept = {refusal.reason for refusal in change.refusals}
+        assert kept <= {
+            f"it is {role} (head=true includes it)" for role in ("a router", "the output head")
+        }
+        for site in change.sites:
+            off = site.metrics["theory_db"] - site.metrics["sqnr_db"]
+            assert off < 2 or site.metrics["block"] == 1, site
+        quality.append(min(map(sqnr_db, outputs(captured(name)), outputs(program))))
+    assert quality[1] > quality[0] + 10
+    assert quality[1] > 20
+    assert quality[2] > 15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ltx", "wan", "hunyuanvideo", "gpt2", "mixtral"])
+def test_both_backends(name: str, tmp_path: Path) -> None:
+    """Lowering checks itself on fresh inputs at two sizes."""
+    program, _ = quantised(name, Quest(weight_bits=8, act_bits=8, signs=True))
+    OnnxBackend().lower(program, tmp_path / "m.onnx", OnnxOptions(accuracy_level=0))
+    packed, _ = quantised(name, Quest(weight_bits=4))
+    CoremlBackend().lower(packed, tmp_path / "m.mlpackage", CoremlOptions(precision="fp32"))

@@ -288,10 +288,12 @@ def test_dynamic_rows_give_a_grid_in_terms_of_sizes(mlp: nn.Module, tmp_path: Pa
     assert difference(small(x), artifact.run({"x": x})["output"]).relative < 1e-4
 
 
+@pytest.mark.parametrize("how", ["a question", "a constant"])
 def test_launches_that_hang_on_a_dynamic_size_are_refused(
-    mlp: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: str, mlp: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from resplice.backends.triton import record
+    from resplice.kernels.cuda.launch import Config, using
 
     def hosted(node: Any) -> Any:
         real = host_of(node)
@@ -299,7 +301,11 @@ def test_launches_that_hang_on_a_dynamic_size_are_refused(
             return None
 
         def host(x: torch.Tensor, *rest: Any) -> torch.Tensor:
-            return real(x[:1] if x.shape[0] > 100 else x, *rest)
+            if how == "a question":
+                return real(x[:1] if x.shape[0] > 100 else x, *rest)
+            sizes = {"block_m": x.shape[0], "block_n": 64, "words": 16}
+            with using(quant_linear_tiles=Config(sizes, 4, 2)):
+                return real(x, *rest)
 
         return host
 
@@ -310,7 +316,8 @@ def test_launches_that_hang_on_a_dynamic_size_are_refused(
     )  # fmt: skip
     with pytest.raises(LoweringError) as refused:
         small.to_triton(tmp_path / "x", arch="sm_90")
-    assert "rely on rows > 100 is False" in str(refused.value)
+    wanted = "rows > 100 is False" if how == "a question" else "block_m="
+    assert f"rely on {wanted}" in str(refused.value)
     assert "capture the model with fixed sizes" in str(refused.value)
     assert len(refused.value.problems) == 6
     assert list(tmp_path.iterdir()) == []

@@ -22,7 +22,8 @@ WORDS = {"batch": 1, "seq": 5}
 CASES: list[Any] = [
     ("wan", "sta{tile=1,2,2 window=1,1,1}", VIDEO, {"tile_attention": 2}),
     ("llama", "quest{weight-bits=4}", WORDS, {"quant_linear": 14, "hadamard": 8}),
-    ("llama", "cmoe{experts=4 shared=1 active=2 k-act=5}", WORDS, {"moe_ffn": 2}),
+    ("llama", "cmoe{experts=4 shared=1 active=2 k-act=5}", {"batch": 2, "seq": 8},
+     {"moe_ffn": 2}),
     pytest.param("llama", "quest{weight-bits=1 act-bits=1}", WORDS,
                  {"quant_linear": 14, "quest_quantize": 8}, marks=pytest.mark.slow),
     pytest.param("hunyuanvideo", "sta{tile=1,2,2 window=1,1,1}", {**VIDEO, "text": 5},

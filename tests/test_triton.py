@@ -48,7 +48,7 @@ def small() -> resplice.Optimized:
 
 @pytest.fixture(scope="module")
 def folder(small: resplice.Optimized, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return small.to_triton(tmp_path_factory.mktemp("triton") / "mlp", arch="sm_90,gfx942")
+    return small.to_triton(tmp_path_factory.mktemp("triton") / "mlp", arch="sm_90")
 
 
 def _copied(artifact: Artifact, path: Path) -> Path:
@@ -117,6 +117,20 @@ def test_the_report_is_computed_for_every_kernel_and_site(folder: Artifact) -> N
     text = (folder.path / "performance.md").read_text()
     assert "computed from the compiled code and published limits, not measured" in text
     assert all(name in text for name in report["targets"])
+
+
+@pytest.mark.slow
+def test_all_default_targets_are_compiled_without_spills(
+    small: resplice.Optimized, tmp_path: Path
+) -> None:
+    artifact = small.to_triton(tmp_path / "all", check=False)
+    report = json.loads((artifact.path / "performance.json").read_text())
+    assert list(report["targets"]) == ["sm_80", "sm_90", "sm_100", "gfx942"]
+    for target in report["targets"].values():
+        assert target["kernels"]
+        for kernel in target["kernels"].values():
+            assert kernel["spilled"] == 0
+            assert kernel["matrix_instructions"]
 
 
 def test_the_report_of_a_run_shows_it(

@@ -22,7 +22,8 @@ WORDS = {"batch": 1, "seq": 5}
 CASES: list[Any] = [
     ("wan", "sta{tile=1,2,2 window=1,1,1}", VIDEO, {"tile_attention": 2}),
     ("llama", "quest{weight-bits=4}", WORDS, {"quant_linear": 14, "hadamard": 8}),
-    ("llama", "cmoe{experts=4 shared=1 active=2 k-act=5}", WORDS, {"moe_ffn": 2}),
+    pytest.param("llama", "cmoe{experts=4 shared=1 active=2 k-act=5}", {"batch": 2, "seq": 8},
+                 {"moe_ffn": 2}, marks=pytest.mark.slow),
     pytest.param("llama", "quest{weight-bits=1 act-bits=1}", WORDS,
                  {"quant_linear": 14, "quest_quantize": 8}, marks=pytest.mark.slow),
     pytest.param("hunyuanvideo", "sta{tile=1,2,2 window=1,1,1}", {**VIDEO, "text": 5},
@@ -69,6 +70,7 @@ def test_a_rewritten_model_runs_on_its_kernels(
     _agrees(artifact, small.program)
 
 
+@pytest.mark.slow
 def test_two_functions_share_one_folder(tmp_path: Path) -> None:
     """tdtm: the merged model is main, the full one a further function."""
     merged, _ = Pipeline.of("tdtm{steps=3}").run(_captured("wan", VIDEO))

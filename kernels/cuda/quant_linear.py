@@ -240,6 +240,11 @@ def _grouping(group: int, per: int, block_k: int) -> int:
 
 
 def share(tiles: int, programs: int, arch: str) -> int:
-    """Tiles of K per program: two programs per processor, of four tiles or more each."""
+    """Tiles of K per program: two programs per processor, of four tiles or more each.
+
+    A dynamic number of programs leaves K whole.
+    """
+    if isinstance(programs, torch.SymInt):
+        return tiles
     wanted = max(1, 2 * PROCESSORS.get(arch, 100) // programs)
     return max(-(-tiles // wanted), min(4, tiles))

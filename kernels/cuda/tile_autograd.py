@@ -66,7 +66,8 @@ def _saving(
     from resplice.kernels.cuda.tile_problem import TileProblem, aligned
 
     problem = TileProblem.of(q, canvas, tile, windows, text_length, text_first, scale)
-    out, logsum = attend(*aligned(q, k, v), mask, problem, True)
+    q, k, v = aligned(q, k, v)
+    out, logsum = attend(q, k, v, mask, problem, True)
     assert logsum is not None
     return out, logsum
 

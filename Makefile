@@ -36,7 +36,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[onnx,coreml,models,report,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[onnx,coreml,triton,models,report,dev]"
 	touch $@
 
 $(VENV)/demo: $(VENV)/ready

@@ -1,6 +1,7 @@
 """The dialect: one op, one file. Importing this package registers every op with torch."""
 
 from resplice.kernels.code_linear import code_linear
+from resplice.kernels.cuda.register import register as _register_kernels
 from resplice.kernels.hadamard import hadamard
 from resplice.kernels.merge_frames import merge_frames, unmerge_frames
 from resplice.kernels.moe_ffn import moe_ffn
@@ -17,3 +18,5 @@ __all__ = [
     "quest_codes", "quest_quantize", "quest_round", "rope3d", "round_to_levels", "tile_attention",
     "unmerge_frames",
 ]  # fmt: skip
+
+_register_kernels()

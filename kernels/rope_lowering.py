@@ -3,8 +3,7 @@
     positions -> float32 -> gather of rows -> times inv_freq -> cos, sin        once per model
     x         -> x cos + turned(x) sin                                          per call
 
-Both backends have every operator here; Core ML keeps what leads to a cosine in float32. A `triton`
-lowering is declared in `rope3d.lowerings` beside these two; there is none yet.
+Both backends have every operator here; Core ML keeps what leads to a cosine in float32.
 """
 
 from __future__ import annotations

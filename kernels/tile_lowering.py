@@ -8,8 +8,6 @@ than `MOST_CALLS` calls. At most three runs an axis are left then (one at each b
 do not move, and the ones between), so heads with one window take at most `MOST_CALLS` calls on any
 canvas; each axis that is folded costs up to `extent` copies of the keys, and `lowering_cost` says
 how many it came to. Masks fold like keys.
-
-A `triton` lowering would be declared beside these two; there is none yet.
 """
 
 from __future__ import annotations

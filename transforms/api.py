@@ -172,7 +172,7 @@ class Optimized(nn.Module):
         """Lower to a backend and, by default, check the artefact before it appears.
 
         Args:
-            backend: "onnx" or "coreml".
+            backend: "onnx", "coreml" or "triton".
             path: Where to write.
             check: Run and compare first.
             options: The backend's options, such as `portable=True`.
@@ -198,6 +198,10 @@ class Optimized(nn.Module):
     def to_coreml(self, path: str | Path, *, check: bool = True, **options: Any) -> Artifact:
         """`lower("coreml", path)`; see `resplice.backends.coreml.CoremlOptions`."""
         return self.lower("coreml", path, check=check, **options)
+
+    def to_triton(self, path: str | Path, *, check: bool = True, **options: Any) -> Artifact:
+        """`lower("triton", folder)`; see `resplice.backends.triton.TritonOptions`."""
+        return self.lower("triton", path, check=check, **options)
 
     def __str__(self) -> str:
         """The program as text."""

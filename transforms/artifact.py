@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -37,6 +37,7 @@ class Artifact(ABC):
     path: Path
     bar: float
     notes: dict[str, Any] = field(default_factory=dict)
+    hint: ClassVar[str] = "--portable avoids fused operators; `resplice bisect` tries the passes"
 
     @abstractmethod
     def run(
@@ -71,7 +72,7 @@ class Artifact(ABC):
                 raise NumericsError(
                     f"{self.path.name}: output {name} differs from the program",
                     measured=self.error_of(measured), bar=self.bar,
-                    hint="--portable avoids fused operators; `resplice bisect` tries the passes",
+                    hint=self.hint,
                 )  # fmt: skip
         return found
 

@@ -30,12 +30,13 @@ PASSES = {
 BACKENDS = {
     "coreml": "resplice.backends.coreml:CoremlBackend",
     "onnx": "resplice.backends.onnx:OnnxBackend",
+    "triton": "resplice.backends.triton:TritonBackend",
 }
 EXTRAS = {
     "onnx": "onnx", "onnxruntime": "onnx", "onnxscript": "onnx", "onnx_ir": "onnx",
-    "ml_dtypes": "onnx", "coremltools": "coreml", "triton": "triton", "transformers": "models",
-    "diffusers": "models", "gguf": "models", "accelerate": "models", "jinja2": "report",
-    "matplotlib": "report",
+    "ml_dtypes": "onnx", "coremltools": "coreml", "triton": "triton", "jsonschema": "triton",
+    "transformers": "models", "diffusers": "models", "gguf": "models", "accelerate": "models",
+    "jinja2": "report", "matplotlib": "report",
 }  # fmt: skip
 
 

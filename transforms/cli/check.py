@@ -11,7 +11,15 @@ import torch
 import typer
 
 from resplice.cases import fresh_cases
-from resplice.cli.options import AllowPickle, Function, Json, Mode, open_model, read_npz
+from resplice.cli.options import (
+    AllowPickle,
+    Function,
+    Json,
+    Mode,
+    is_folder_of_kernels,
+    open_model,
+    read_npz,
+)
 from resplice.cli.output import emit, working
 from resplice.compare import EXACT_BARS, Difference, keep_worst
 from resplice.errors import NumericsError, UsageError
@@ -33,7 +41,11 @@ class Side:
 
 def check(
     reference: Annotated[
-        str, typer.Argument(metavar="A", help="the reference: .onnx, .mlpackage or any MODEL")
+        str,
+        typer.Argument(
+            metavar="A",
+            help="the reference: .onnx, .mlpackage, a folder of --to triton, or any MODEL",
+        ),
     ],
     candidate: Annotated[str, typer.Argument(metavar="B", help="what is checked against it")],
     inputs: Annotated[
@@ -91,6 +103,9 @@ def _open(text: str, function: str, mode: str, allow_pickle: bool) -> Side:
         return Side(
             lambda given: package.run(given, function=function), package.bar, package=package
         )
+    if is_folder_of_kernels(text):
+        folder: Any = load("resplice.backends.triton.artifact:TritonArtifact").open(text)
+        return Side(lambda given: folder.run(given, function=function), folder.bar)
     whole = open_model(text, allow_pickle=allow_pickle)
     functions = dict(whole.all_functions())
     if function not in functions:

@@ -25,9 +25,9 @@ from resplice.cli.output import emit, mebibytes, working
 
 def convert(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="the file to write")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="the file or folder to write")],
     to: Annotated[
-        str, typer.Option(help="backend (onnx, coreml), or pt2 for the program itself")
+        str, typer.Option(help="backend (onnx, coreml, triton), or pt2 for the program itself")
     ] = "onnx",
     passes: Annotated[
         str, typer.Option("--passes", "-p", help="pipeline text; none: only lower")
@@ -68,6 +68,9 @@ def convert(
     longest: Annotated[
         int | None, typer.Option(help="Core ML: bound of dynamic sizes captured without one")
     ] = None,
+    arch: Annotated[
+        str | None, typer.Option(help="Triton: targets, sm_80,sm_90,sm_100,gfx942")
+    ] = None,
     function: Annotated[
         list[str] | None,
         typer.Option("--function", help="a further function of the artefact, NAME=MODEL"),
@@ -87,7 +90,7 @@ def convert(
         step(f"lowering to {to}")
         options = as_options(
             portable=portable, accuracy_level=accuracy_level, opset=opset, target=target,
-            moe_strategy=moe_strategy,
+            moe_strategy=moe_strategy, arch=arch,
             precision=precision, names=pairs(name or [], "--name"), longest=longest,
             dtypes=pairs(dtype or [], "--dtype"), shapes=shape_lists(shapes or []),
         )  # fmt: skip

@@ -81,6 +81,11 @@ def batches_from(folder: Path | None, program: Program) -> list[dict[str, torch.
     return batches
 
 
+def is_folder_of_kernels(path: str | Path) -> bool:
+    """Whether a path is an artefact of the Triton backend."""
+    return (Path(path) / "manifest.json").is_file()
+
+
 def pairs(items: list[str], option: str) -> dict[str, str]:
     """Read `NAME=VALUE` items.
 

@@ -1,4 +1,4 @@
-"""`run MODEL.mlpackage`: execute an artefact on named inputs."""
+"""`run MODEL`: execute an artefact on named inputs."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import torch
 import typer
 
 from resplice.artifact import staged
-from resplice.cli.options import Function, Json, Mode, read_npz
+from resplice.cli.options import Function, Json, Mode, is_folder_of_kernels, read_npz
 from resplice.cli.output import emit, working
 from resplice.errors import UsageError
 from resplice.registry import load
 
 
 def run(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="an .mlpackage or .onnx file")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="an .mlpackage, .onnx file or folder")
+    ],
     inputs: Annotated[
         list[Path],
         typer.Option(help=".npz with named inputs; given several times: consecutive calls"),
@@ -55,7 +57,9 @@ def _opened(path: Path, mode: str) -> Any:
         return load("resplice.backends.coreml.artifact:CoremlArtifact").open(path, mode=mode)
     if path.suffix == ".onnx":
         return load("resplice.backends.onnx.artifact:OnnxArtifact").open(path)
-    raise UsageError(f"{path} is no .mlpackage and no .onnx file")
+    if is_folder_of_kernels(path):
+        return load("resplice.backends.triton.artifact:TritonArtifact").open(path)
+    raise UsageError(f"{path} is no .mlpackage, no .onnx file and no folder of --to triton")
 
 
 def _summary(value: torch.Tensor) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from jinja2 import ChainableUndefined, DictLoader, Environment
 from markupsafe import Markup
 
 from resplice.report import graphs, plots
+from resplice.report.kernels import LABEL, kernel_table, site_table
 
 Json = dict[str, Any]
 
@@ -222,6 +223,7 @@ def _page(data: Json) -> Json:
         "steps": [_step(step) for step in steps],
         "measurements": _measurements(data),
         "artifacts": [_artifact(item) for item in dicts(data.get("artifacts"))],
+        "computed": LABEL,
         "ledger": ledger,
         "outputs": mapping(ledger.get("outputs")),
         "unchecked": strings([s.get("pass") for s in _after(steps, checked)]),
@@ -372,11 +374,23 @@ def _artifact(item: Json) -> Json:
     ways = [
         (f"{function}: {kind}", _counts(found))
         for function, note in notes.items()
-        if function != "check"
+        if function not in ("check", "performance")
         for kind, found in (mapping(note) or {"note": note}).items()
         if found
     ]
-    return {**item, "sha256": str(item.get("sha256") or ""), "checks": checks, "ways": ways}
+    tables = [
+        (target, str(mapping(found).get("product") or ""), table)
+        for target, found in mapping(notes.get("performance")).items()
+        for table in (
+            kernel_table(mapping(mapping(found).get("kernels"))),
+            site_table(dicts(mapping(found).get("sites"))),
+        )
+        if len(table) > 1
+    ]
+    return {
+        **item, "sha256": str(item.get("sha256") or ""), "checks": checks, "ways": ways,
+        "tables": tables,
+    }  # fmt: skip
 
 
 def _counts(found: Any) -> list[str]:

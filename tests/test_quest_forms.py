@@ -12,6 +12,7 @@ from test_quest_training import Mlp
 from torch import Tensor, nn
 
 import resplice
+from resplice import weights
 from resplice.backends.coreml import CoremlBackend, CoremlOptions
 from resplice.backends.onnx import OnnxBackend, OnnxOptions
 from resplice.capture import capture
@@ -113,7 +114,7 @@ def test_pruned_weights_are_zero_and_train_on() -> None:
         [Quest(sparse="2:4", mode="qat", hadamard="off")],
     ).trainable()
     (trained(torch.randn(64, 32)).square().mean()).backward()
-    (weight,) = (p for name, p in trained.named_parameters() if name.endswith("q.weight"))
+    weight = weights.get(trained.program.module, "q.weight")
     rounded = quest_round(weight.detach(), "int4", sparse="2:4", hadamard="off")
     gone = rounded == 0
     assert gone.float().mean() == 0.5

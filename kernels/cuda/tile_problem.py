@@ -128,9 +128,9 @@ def _keys(row: Row, canvas: Triple) -> int:
     return math.prod(min(row[axis] * row[axis + 3], canvas[axis]) for axis in range(3))
 
 
-def aligned(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, copied where their channels are not neighbours in memory."""
-    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
+def aligned(x: Tensor) -> Tensor:
+    """The tensor, copied where its channels are not neighbours in memory."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def width_of(size: int) -> int:

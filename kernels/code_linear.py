@@ -116,6 +116,7 @@ def _fast(
     fast=_fast,
     parameters=lambda x, x_step, codes, step, *_: codes.shape[0] * x.shape[-1] - step.numel(),
     samples=_samples,
+    autocast=(),
 )
 def code_linear(
     x: Tensor, x_step: Tensor, codes: Tensor, step: Tensor, bias: Tensor | None, bits: int,

@@ -20,7 +20,7 @@ SMALL = 1 << 15
 """Weights below which a layer keeps the reference's arithmetic."""
 _LONGEST_ROW = 1 << 20
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_FEW_TOKENS = {1: 24, 2: 24, 3: 16, 4: 16, 8: 4}
+_FEW_TOKENS = {1: 32, 2: 24, 3: 16, 4: 16, 8: 6}
 """Tokens up to which a product with packed codes beats unpacking tiles for a dense product."""
 _TILE_BYTES = 4 << 20
 

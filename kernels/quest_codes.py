@@ -74,6 +74,7 @@ def _samples() -> Iterator[OpSample]:
     fake=_fake,
     fast=_fast,
     samples=_samples,
+    autocast=(),
 )
 def quest_codes(x: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
     """Rotate, scale and quantise the rows of `x`.

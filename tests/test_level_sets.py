@@ -75,7 +75,7 @@ def test_gaussian_values_err_as_expected(name: str, unit: int) -> None:
     x = torch.randn(400, 1024, generator=torch.Generator().manual_seed(1))
     error = quest_round(x, name, sparse=PATTERNS[unit], rotate_back=False) - _rotated(x)
     measured = float(error.square().mean() / x.square().mean())
-    assert measured == pytest.approx(expected_mse(name, unit), rel=0.01)
+    assert measured == pytest.approx(expected_mse(name, unit), rel=0.02)
 
 
 def test_the_published_errors() -> None:

@@ -307,6 +307,24 @@ def test_layers_with_outliers_are_named() -> None:
     assert "layer (+" in note
 
 
+@pytest.mark.parametrize("act_bits", [16, 4])
+def test_layers_that_share_an_input_are_measured(act_bits: int) -> None:
+    """q, k and v read one transformed input, which was computed and dropped before k was seen."""
+    model, x = block(seed=3), torch.randn(200, 32)
+    program = resplice.capture(model, (x[:100],))
+    context = Context(calibration=[{"x": x[:100]}, {"x": x[100:]}])
+    _, steps = Pipeline((Quest(weight_bits=4, act_bits=act_bits),)).run(program, context)
+    sites = {site.origin.module: site.metrics for site in steps[-1].changes[0].sites}
+    assert sites.keys() == {"q", "k", "v", "down"}
+    for name in "qkv":
+        weight = getattr(model, name).weight.detach()
+        rounded_x = quest_quantize(x, act_bits, hadamard=32) if act_bits < 16 else x
+        exact = x @ weight.T
+        error = (rounded_x @ quest_quantize(weight, 4, hadamard=32).T - exact).norm() / exact.norm()
+        assert sites[name]["output_error"] == pytest.approx(float(error), rel=1e-3)
+    assert 0.05 < sites["down"]["output_error"] < 0.3
+
+
 def test_nothing_is_measured_without_calibration() -> None:
     _, steps = Pipeline((Quest(weight_bits=4, act_bits=4),)).run(program_of(block()))
     for site in steps[-1].changes[0].sites:

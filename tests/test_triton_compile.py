@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+import triton.language as tl
 from triton_toys import axpy, axpy_launch, product_launch
 
 from resplice.backends.triton import compile as compiling
@@ -26,6 +27,14 @@ def _target(name: str) -> Target:
 def test_the_toy_kernel_is_what_it_says() -> None:
     x, y = torch.randn(1000), torch.randn(1000)
     torch.testing.assert_close(axpy(x, y, 2.0, bias=torch.ones(1)), 2 * x + y + 1)
+
+
+def test_interpreting_leaves_the_compiler_as_it_was() -> None:
+    axpy(torch.randn(8), torch.randn(8), 1.0)
+    from triton.compiler.code_generator import CodeGenerator
+
+    assert CodeGenerator.builtin_namespace["min"] is tl.core.builtin_min
+    assert CodeGenerator.builtin_namespace["max"] is tl.core.builtin_max
 
 
 @pytest.mark.parametrize("name", DEFAULT)

@@ -18,13 +18,14 @@ from resplice.pipeline import Pipeline
 from resplice.program import Program
 
 VIDEO = {"batch": 1, "frames": 3, "rows": 4, "columns": 4}
-WORDS = {"batch": 2, "seq": 6}
+WORDS = {"batch": 1, "seq": 5}
 CASES: list[Any] = [
     ("wan", "sta{tile=1,2,2 window=1,1,1}", VIDEO, {"tile_attention": 2}),
     ("llama", "quest{weight-bits=4}", WORDS, {"quant_linear": 14, "hadamard": 8}),
-    ("llama", "cmoe{experts=4 shared=1 active=2 k-act=5}", WORDS, {"moe_ffn": 2}),
+    pytest.param("llama", "cmoe{experts=4 shared=1 active=2 k-act=5}", {"batch": 2, "seq": 8},
+                 {"moe_ffn": 2}, marks=pytest.mark.slow),
     pytest.param("llama", "quest{weight-bits=1 act-bits=1}", WORDS,
-                 {"quant_linear": 14, "quest_quantize": 8}, marks=pytest.mark.slow),
+                 {"quest_codes": 8, "code_linear": 14}, marks=pytest.mark.slow),
     pytest.param("hunyuanvideo", "sta{tile=1,2,2 window=1,1,1}", {**VIDEO, "text": 5},
                  {"tile_attention": 4}, marks=pytest.mark.slow),
     pytest.param("wan", "sta{tile=1,2,2 window=1,1,1},quest{weight-bits=4}", VIDEO,
@@ -62,16 +63,17 @@ def _agrees(artifact: Any, program: Program, function: str = "main") -> None:
 def test_a_rewritten_model_runs_on_its_kernels(
     name: str, spec: str, sizes: dict[str, int], kernels: dict[str, int], tmp_path: Path
 ) -> None:
-    small = resplice.optimize(_captured(name, sizes), spec)
+    small = resplice.optimize(_captured(name, sizes), spec, check=False)
     artifact = small.to_triton(tmp_path / "m", arch="sm_90", check=False)
     found = _kernels(artifact)
     assert {op: found.get(op, 0) for op in kernels} == kernels
     _agrees(artifact, small.program)
 
 
+@pytest.mark.slow
 def test_two_functions_share_one_folder(tmp_path: Path) -> None:
     """tdtm: the merged model is main, the full one a further function."""
-    merged, _ = Pipeline.of("tdtm").run(_captured("wan", VIDEO))
+    merged, _ = Pipeline.of("tdtm{steps=3}").run(_captured("wan", VIDEO))
     artifact = resplice.optimize(merged).to_triton(tmp_path / "m", arch="sm_90", check=False)
     assert set(artifact.manifest["functions"]) == {"main", "full"}
     for function, program in merged.all_functions():
@@ -97,9 +99,10 @@ def test_half_precision_is_held_to_its_own_bar(tmp_path: Path) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.inner = torch.nn.Linear(64, 96).bfloat16()
+            self.outer = torch.nn.Linear(96, 8).bfloat16()
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x)
+            return self.outer(self.inner(x).relu())
 
     torch.manual_seed(0)
     small = resplice.optimize(

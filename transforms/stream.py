@@ -28,7 +28,8 @@ from resplice.walk import run_node
 class Stream:
     """Executes a program on several batches, up to one node after the other.
 
-    Nodes that have been executed must not be changed any more; what comes after may be.
+    Nodes that have been executed must not be changed any more; what comes after may be, and may use
+    what has been executed: a value that was dropped since nothing needed it is computed again.
     """
 
     def __init__(self, program: Program, batches: Sequence[Batch]) -> None:
@@ -55,6 +56,7 @@ class Stream:
             if node not in self._done:
                 self._execute(node)
                 self._release()
+        self._recall(site)
         return [tuple(values[n] for n in site.all_input_nodes) for values in self._values]
 
     @property
@@ -62,7 +64,14 @@ class Stream:
         """Number of values held per batch."""
         return len(self._values[0]) if self._values else 0
 
+    def _recall(self, node: fx.Node) -> None:
+        """Compute again what a node reads and nobody needed when it was dropped."""
+        for source in node.all_input_nodes if self._values else ():
+            if source not in self._values[0]:
+                self._execute(source)
+
     def _execute(self, node: fx.Node) -> None:
+        self._recall(node)
         with torch.no_grad():
             for values, batch in zip(self._values, self._batches, strict=True):
                 values[node] = run_node(self.program, node, values, batch)

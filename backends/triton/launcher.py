@@ -223,7 +223,7 @@ class Launcher:
         return next((name for name in names if name in self.manifest["targets"]), names[0])
 
     def _call(self, name: str, *arguments: Any) -> list[Any]:
-        status, *results = getattr(self._driver, name)(*arguments)
+        status, *results = list(getattr(self._driver, name)(*arguments))
         if int(status):
             raise LauncherError(f"{name}: {status}")
         return results

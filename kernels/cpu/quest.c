@@ -22,18 +22,18 @@
 #define API __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
 #define WIDTH 32      /* bytes of a vector */
+#define LINE 64      /* bytes of a cache line, which no vector should straddle */
 #define BLOCK 8       /* rows that one thread takes at once */
 #define MOST_LIMBS 4  /* bytes of a fixed-point activation */
 #define NOT_FINITE 1
 #define NO_MEMORY 2
 
 typedef uint8_t u8x32 __attribute__((vector_size(WIDTH)));
-typedef int8_t s8x32 __attribute__((vector_size(WIDTH)));
 typedef uint16_t u16x16 __attribute__((vector_size(WIDTH)));
 typedef int16_t s16x16 __attribute__((vector_size(WIDTH)));
 typedef int32_t s32x8 __attribute__((vector_size(WIDTH)));
+typedef uint32_t u32x8 __attribute__((vector_size(WIDTH)));
 typedef float f32x8 __attribute__((vector_size(WIDTH)));
-typedef int8_t s8x8 __attribute__((vector_size(8)));
 
 INLINE long least(long a, long b) { return a < b ? a : b; }
 INLINE long parts_of(long count, long size) { return (count + size - 1) / size; }
@@ -70,75 +70,108 @@ INLINE s32x8 widen(s16x16 value) {
 #define SETTLE(sum)
 #endif
 
-INLINE int64_t sum_of(s32x8 value) {
+/* Bytes of sums joined: the lanes of each, times 256^limb. No sum leaves 32 bits: rows hold at most
+   2^20 codes. */
+INLINE int64_t joined(const s32x8 *wide, const int limbs) {
+    int32_t sums[MOST_LIMBS];
+#ifdef __AVX2__
+    const __m256i none = _mm256_setzero_si256();
+    __m256i low = _mm256_hadd_epi32((__m256i)wide[0], limbs > 1 ? (__m256i)wide[1] : none);
+    __m256i high = limbs > 2 ? _mm256_hadd_epi32((__m256i)wide[2], (__m256i)wide[3]) : none;
+    __m256i both = _mm256_hadd_epi32(low, high);
+    _mm_storeu_si128(
+        (__m128i *)sums,
+        _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1))
+    );
+#else
+    for (int limb = 0; limb < limbs; limb++) {
+        sums[limb] = 0;
+        for (int i = 0; i < 8; i++) sums[limb] += wide[limb][i];
+    }
+#endif
     int64_t total = 0;
-    for (int i = 0; i < 8; i++) total += value[i];
+    for (int limb = 0; limb < limbs; limb++) total += sums[limb] * (1LL << (8 * limb));
     return total;
 }
 
-/* ---- one row times one token ---------------------------------------------------------- */
+/* ---- two rows times one token --------------------------------------------------------- */
 
+/* Two rows at once read each activation once. */
 INLINE void add_products(
-    u8x32 packed, const int8_t *x, s16x16 *near, const int bits, const int limbs
+    u8x32 first, u8x32 second, const int8_t *x, s16x16 near[2][MOST_LIMBS], const int bits,
+    const int limbs
 ) {
     const uint8_t mask = (uint8_t)((1 << bits) - 1);
 #pragma GCC unroll 8
     for (int part = 0; part < 8 / bits; part++) {
-        u8x32 codes = (u8x32)((u16x16)packed >> (bits * part)) & mask;
+        u8x32 one = (u8x32)((u16x16)first >> (bits * part)) & mask;
+        u8x32 two = (u8x32)((u16x16)second >> (bits * part)) & mask;
 #pragma GCC unroll 4
         for (int limb = 0; limb < limbs; limb++) {
-            near[limb] += pairs(codes, load(x + (part * limbs + limb) * WIDTH));
-            SETTLE(near[limb]);
+            u8x32 bytes = load(x + (part * limbs + limb) * WIDTH);
+            near[0][limb] += pairs(one, bytes);
+            SETTLE(near[0][limb]);
+            near[1][limb] += pairs(two, bytes);
+            SETTLE(near[1][limb]);
         }
     }
 }
 
-/* sum of code * activation over `bytes` of a row; `x` is laid out by `spread`. */
-INLINE int64_t dot(
-    const uint8_t *row, long bytes, const int8_t *x, const int bits, const int limbs
+/* sum of code * activation over `bytes` of each row; `x` is laid out by `spread`. */
+INLINE void dot(
+    const uint8_t *first, const uint8_t *second, long bytes, const int8_t *x, const int bits,
+    const int limbs, int64_t totals[2]
 ) {
     const int every = bits == 4 ? 4 : 8; /* vectors whose sums fit into 16 bits */
     const int stride = 8 / bits * limbs * WIDTH;
-    s32x8 wide[MOST_LIMBS] = {0};
+    s32x8 wide[2][MOST_LIMBS] = {0};
     long whole = bytes / WIDTH;
     for (long i = 0; i < whole;) {
-        s16x16 near[MOST_LIMBS] = {0};
+        s16x16 near[2][MOST_LIMBS] = {0};
         long stop = least(i + every, whole);
-#pragma GCC unroll 1
         for (; i < stop; i++, x += stride)
-            add_products(load(row + i * WIDTH), x, near, bits, limbs);
-        for (int limb = 0; limb < limbs; limb++) wide[limb] += widen(near[limb]);
+            add_products(load(first + i * WIDTH), load(second + i * WIDTH), x, near, bits, limbs);
+        for (int limb = 0; limb < limbs; limb++) {
+            wide[0][limb] += widen(near[0][limb]);
+            wide[1][limb] += widen(near[1][limb]);
+        }
     }
     if (bytes % WIDTH) { /* do not read past the row */
-        uint8_t last[WIDTH] = {0};
-        s16x16 near[MOST_LIMBS] = {0};
-        memcpy(last, row + whole * WIDTH, bytes % WIDTH);
-        add_products(load(last), x, near, bits, limbs);
-        for (int limb = 0; limb < limbs; limb++) wide[limb] += widen(near[limb]);
+        uint8_t last[2][WIDTH] = {0};
+        s16x16 near[2][MOST_LIMBS] = {0};
+        memcpy(last[0], first + whole * WIDTH, bytes % WIDTH);
+        memcpy(last[1], second + whole * WIDTH, bytes % WIDTH);
+        add_products(load(last[0]), load(last[1]), x, near, bits, limbs);
+        for (int limb = 0; limb < limbs; limb++) {
+            wide[0][limb] += widen(near[0][limb]);
+            wide[1][limb] += widen(near[1][limb]);
+        }
     }
-    int64_t total = 0;
-    for (int limb = 0; limb < limbs; limb++) total += sum_of(wide[limb]) * (1LL << (8 * limb));
-    return total;
+    totals[0] = joined(wide[0], limbs);
+    totals[1] = joined(wide[1], limbs);
 }
 
-static int64_t dot_of(
-    const uint8_t *row, long bytes, const int8_t *x, int bits, int limbs
+static void dot_of(
+    const uint8_t *first, const uint8_t *second, long bytes, const int8_t *x, int bits, int limbs,
+    int64_t totals[2]
 ) {
     switch (8 * bits + limbs) {
-    case 8 + 1: return dot(row, bytes, x, 1, 1);
-    case 8 + 2: return dot(row, bytes, x, 1, 2);
-    case 8 + 3: return dot(row, bytes, x, 1, 3);
-    case 8 + 4: return dot(row, bytes, x, 1, 4);
-    case 16 + 1: return dot(row, bytes, x, 2, 1);
-    case 16 + 2: return dot(row, bytes, x, 2, 2);
-    case 16 + 3: return dot(row, bytes, x, 2, 3);
-    case 16 + 4: return dot(row, bytes, x, 2, 4);
-    case 32 + 1: return dot(row, bytes, x, 4, 1);
-    case 32 + 2: return dot(row, bytes, x, 4, 2);
-    case 32 + 3: return dot(row, bytes, x, 4, 3);
-    default: return dot(row, bytes, x, 4, 4);
+    case 8 + 1: dot(first, second, bytes, x, 1, 1, totals); break;
+    case 8 + 2: dot(first, second, bytes, x, 1, 2, totals); break;
+    case 8 + 3: dot(first, second, bytes, x, 1, 3, totals); break;
+    case 8 + 4: dot(first, second, bytes, x, 1, 4, totals); break;
+    case 16 + 1: dot(first, second, bytes, x, 2, 1, totals); break;
+    case 16 + 2: dot(first, second, bytes, x, 2, 2, totals); break;
+    case 16 + 3: dot(first, second, bytes, x, 2, 3, totals); break;
+    case 16 + 4: dot(first, second, bytes, x, 2, 4, totals); break;
+    case 32 + 1: dot(first, second, bytes, x, 4, 1, totals); break;
+    case 32 + 2: dot(first, second, bytes, x, 4, 2, totals); break;
+    case 32 + 3: dot(first, second, bytes, x, 4, 3, totals); break;
+    default: dot(first, second, bytes, x, 4, 4, totals); break;
     }
 }
+
+/* ---- one row times one token ---------------------------------------------------------- */
 
 /* sum of (code - 128) * activation, the latter within +-255. */
 static int64_t dot_bytes(const uint8_t *row, const int16_t *x, long size) {
@@ -152,19 +185,19 @@ static int64_t dot_bytes(const uint8_t *row, const int16_t *x, long size) {
     return total;
 }
 
-/* Eight codes of eight bits, less 128. */
-INLINE f32x8 centred(const uint8_t *codes) {
-    s8x8 eight;
-    memcpy(&eight, codes, sizeof eight);
-    eight ^= (int8_t)-128;
+/* Levels of eight codes of eight bits. */
+INLINE f32x8 levels_of(const uint8_t *codes) {
 #ifdef __AVX2__
-    return (f32x8)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_set_epi64x(0, (int64_t)eight)));
+    __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)codes));
+    return (f32x8)_mm256_cvtepi32_ps(wide) - 127.5f;
 #else
-    return __builtin_convertvector(eight, f32x8);
+    f32x8 found;
+    for (int i = 0; i < 8; i++) found[i] = (float)codes[i] - 127.5f;
+    return found;
 #endif
 }
 
-/* sum of (code - 128) * activation, floats. */
+/* sum of (code - 127.5) * activation, floats. */
 static float dot_floats(const uint8_t *row, const float *x, long size) {
     f32x8 sums[4] = {0};
     long k = 0;
@@ -173,26 +206,45 @@ static float dot_floats(const uint8_t *row, const float *x, long size) {
         for (int i = 0; i < 4; i++) {
             f32x8 values;
             memcpy(&values, x + k + 8 * i, sizeof values);
-            sums[i] += centred(row + k + 8 * i) * values;
+            sums[i] += levels_of(row + k + 8 * i) * values;
         }
     }
     f32x8 sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     float total = 0;
     for (int i = 0; i < 8; i++) total += sum[i];
-    for (; k < size; k++) total += (float)(row[k] - 128) * x[k];
+    for (; k < size; k++) total += ((float)row[k] - 127.5f) * x[k];
     return total;
 }
 
 /* Bits that differ among the first `size`. */
 static long differing(const uint8_t *a, const uint8_t *b, long size) {
-    long counts[4] = {0}, bytes = size / 8, i = 0;
-    for (; i + 32 <= bytes; i += 32) {
-        uint64_t left[4], right[4];
-        memcpy(left, a + i, 32);
-        memcpy(right, b + i, 32);
-        for (int j = 0; j < 4; j++) counts[j] += __builtin_popcountll(left[j] ^ right[j]);
+    long count = 0, bytes = size / 8, i = 0;
+#ifdef __AVX2__
+    const __m256i ones = _mm256_setr_epi8( /* bits of a number below 16 */
+        0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3,
+        3, 4);
+    const __m256i low = _mm256_set1_epi8(15), none = _mm256_setzero_si256();
+    __m256i total = none;
+    while (i + WIDTH <= bytes) {
+        long stop = least(i + 31 * WIDTH, bytes - WIDTH + 1); /* 31 * 8 fit into a byte */
+        __m256i near = none;
+        for (; i < stop; i += WIDTH) {
+            __m256i found = (__m256i)(load(a + i) ^ load(b + i));
+            __m256i first = _mm256_shuffle_epi8(ones, _mm256_and_si256(found, low));
+            __m256i second =
+                _mm256_shuffle_epi8(ones, _mm256_and_si256(_mm256_srli_epi16(found, 4), low));
+            near = _mm256_add_epi8(near, _mm256_add_epi8(first, second));
+        }
+        total = _mm256_add_epi64(total, _mm256_sad_epu8(near, none));
     }
-    long count = counts[0] + counts[1] + counts[2] + counts[3];
+    for (int lane = 0; lane < 4; lane++) count += (long)((long long *)&total)[lane];
+#endif
+    for (; i + 8 <= bytes; i += 8) {
+        uint64_t left, right;
+        memcpy(&left, a + i, 8);
+        memcpy(&right, b + i, 8);
+        count += __builtin_popcountll(left ^ right);
+    }
     for (; i < bytes; i++) count += __builtin_popcount(a[i] ^ b[i]);
     if (size % 8) count += __builtin_popcount((a[i] ^ b[i]) & ((1 << (size % 8)) - 1));
     return count;
@@ -252,13 +304,11 @@ INLINE void spread_by(
         for (long k = 0, byte = 0; k < count; byte++) {
             int8_t *at = to + byte / WIDTH * parts * limbs * WIDTH + byte % WIDTH;
             for (int part = 0; part < parts && k < count; part++, k++) {
-                int64_t value = from[k];
-                sum += value;
+                uint32_t value = (uint32_t)from[k] + 0x80808080u; /* 128 in every byte */
+                sum += from[k];
 #pragma GCC unroll 4
-                for (int limb = 0; limb < limbs; limb++, at += WIDTH) {
-                    *at = (int8_t)value;
-                    value = (value - *at) >> 8;
-                }
+                for (int limb = 0; limb < limbs; limb++, at += WIDTH, value >>= 8)
+                    *at = (int8_t)(value ^ 128);
             }
         }
         sums[s] = sum;
@@ -305,6 +355,7 @@ static float largest(const float *x, long size) {
 /* Bytes a fixed-point value needs for an error below 1e-6 of the row's norm: three, or four. */
 static int limbs_for(const float *x, long size, float most) {
     double power = 0, bound = 16.0;
+#pragma omp simd reduction(+ : power)
     for (long k = 0; k < size; k++) power += (double)x[k] * x[k];
     return (double)most * most * (double)size <= bound * bound * power ? 3 : 4;
 }
@@ -327,8 +378,7 @@ typedef struct {
     int64_t *sums;    /* [tokens, segments], of the integers */
     double *units;    /* [tokens], the value of one */
     /* instead of panels: */
-    const float *x;   /* floats by eight-bit weights, */
-    double *totals;   /* their sums [tokens, segments]; */
+    const float *x;   /* floats by eight-bit weights; */
     int16_t *a;       /* codes by eight-bit weights: [tokens, size]; */
     uint8_t *signs;   /* one bit by one bit: [tokens, row] */
     const uint8_t *codes;
@@ -336,43 +386,66 @@ typedef struct {
     float *y;
 } job;
 
-/* One segment of one row by one token: the product in units of the weight's step. */
-static double segment(const job *j, const uint8_t *row, long token, long s) {
+/* One segment of two rows by one token: the products in units of the weights' steps. */
+INLINE void segment(
+    const job *j, const uint8_t *first, const uint8_t *second, long token, long s, double found[2]
+) {
     const layout *l = &j->l;
     long from = s * l->length, count = least(l->length, l->size - from);
-    long at = token * l->segments + s;
-    const uint8_t *codes = row + from * l->field / 8;
+    long at = token * l->segments + s, skip = from * l->field / 8, levels = (1 << l->bits) - 1;
+    int64_t products[2];
+    first += skip;
+    second += skip;
+    if (j->x) {
+        const float *x = j->x + token * l->size + from;
+        found[0] = dot_floats(first, x, count);
+        found[1] = dot_floats(second, x, count);
+        return;
+    }
     if (j->signs) {
         const uint8_t *signs = j->signs + token * l->row + from / 8;
-        return (double)(count - 2 * differing(codes, signs, count)) / 2 * j->units[token];
-    }
-    if (j->x) return dot_floats(codes, j->x + token * l->size + from, count) + j->totals[at] / 2;
-    int64_t product;
-    int levels = (1 << l->bits) - 1;
-    if (j->a) {
-        product = 2 * dot_bytes(codes, j->a + token * l->size + from, count);
+        products[0] = count - 2 * differing(first, signs, count);
+        products[1] = count - 2 * differing(second, signs, count);
+        levels = 0;
+    } else if (j->a) {
+        const int16_t *a = j->a + token * l->size + from;
+        products[0] = 2 * dot_bytes(first, a, count);
+        products[1] = 2 * dot_bytes(second, a, count);
         levels = -1; /* those weights are signed already */
     } else {
         const int8_t *panel = j->panels + at * l->panel * j->limbs;
-        product = 2 * dot_of(codes, parts_of(count * l->field, 8), panel, l->field, j->limbs);
+        long bytes = parts_of(count * l->field, 8);
+        dot_of(first, second, bytes, panel, l->field, j->limbs, products);
+        products[0] *= 2;
+        products[1] *= 2;
     }
-    return (double)(product - levels * j->sums[at]) / 2 * j->units[token];
+    for (int i = 0; i < 2; i++)
+        found[i] = (double)(products[i] - levels * j->sums[at]) / 2 * j->units[token];
 }
 
-static void run_block(const job *j, long first, uint8_t *scratch) {
+static void run_block(const job *j, long start, uint8_t *scratch) {
     const layout *l = &j->l;
-    long last = least(first + BLOCK, j->rows), wide = parts_of(l->size, 2);
-    if (l->bits == 3)
-        for (long n = first; n < last; n++)
-            expand(j->codes + n * l->row, l->size, scratch + (n - first) * wide);
+    long end = least(start + BLOCK, j->rows), width = l->row;
+    const uint8_t *rows = j->codes + start * width;
+    if (l->bits == 3) {
+        width = parts_of(l->size, 2);
+        for (long n = start; n < end; n++)
+            expand(j->codes + n * l->row, l->size, scratch + (n - start) * width);
+        rows = scratch;
+    }
     for (long token = 0; token < j->tokens; token++)
-        for (long n = first; n < last; n++) {
-            const uint8_t *row =
-                l->bits == 3 ? scratch + (n - first) * wide : j->codes + n * l->row;
-            double total = j->bias ? j->bias[n] : 0;
-            for (long s = 0; s < l->segments; s++)
-                total += segment(j, row, token, s) * j->step[n * l->segments + s];
-            j->y[token * j->rows + n] = (float)total;
+        for (long n = start; n < end; n += 2) {
+            long other = n + 1 < end ? n + 1 : n; /* an odd row is its own neighbour */
+            const float *one = j->step + n * l->segments, *two = j->step + other * l->segments;
+            double total[2] = {j->bias ? j->bias[n] : 0, j->bias ? j->bias[other] : 0}, found[2];
+            for (long s = 0; s < l->segments; s++) {
+                segment(j, rows + (n - start) * width, rows + (other - start) * width, token, s,
+                        found);
+                total[0] += found[0] * one[s];
+                total[1] += found[1] * two[s];
+            }
+            j->y[token * j->rows + n] = (float)total[0];
+            j->y[token * j->rows + other] = (float)total[1];
         }
 }
 
@@ -395,15 +468,13 @@ static int run(const job *j, int threads) {
 static int reserve(job *j) {
     long cells = j->tokens * j->l.segments;
     j->sums = calloc(cells + 1, sizeof *j->sums);
-    j->totals = calloc(cells + 1, sizeof *j->totals);
     j->units = calloc(j->tokens + 1, sizeof *j->units);
-    j->panels = malloc(cells * j->l.panel * j->limbs + 1);
-    return !j->sums || !j->totals || !j->units || !j->panels;
+    j->panels = aligned_alloc(LINE, parts_of(cells * j->l.panel * j->limbs + 1, LINE) * LINE);
+    return !j->sums || !j->units || !j->panels;
 }
 
 static void release(job *j) {
     free(j->sums);
-    free(j->totals);
     free(j->units);
     free(j->panels);
     free(j->signs);
@@ -426,16 +497,12 @@ API int resplice_linear(
     }
     if (!failed && reserve(&j)) failed = NO_MEMORY;
     for (long t = 0; t < tokens && !failed; t++) {
-        const float *row = x + t * size;
-        if (bits < 8) {
-            j.units[t] = fix(row, size, most[t], j.limbs, fixed);
-            spread(fixed, &j.l, j.limbs, j.panels + t * j.l.segments * j.l.panel * j.limbs,
-                   j.sums + t * j.l.segments);
-            continue;
-        }
-        j.x = x;
-        for (long k = 0; k < size; k++) j.totals[t * j.l.segments + k / j.l.length] += row[k];
+        if (bits == 8) continue;
+        j.units[t] = fix(x + t * size, size, most[t], j.limbs, fixed);
+        spread(fixed, &j.l, j.limbs, j.panels + t * j.l.segments * j.l.panel * j.limbs,
+               j.sums + t * j.l.segments);
     }
+    if (bits == 8) j.x = x;
     if (!failed) failed = run(&j, threads);
     free(most);
     free(fixed);
@@ -483,19 +550,50 @@ API int resplice_code_linear(
     return failed;
 }
 
+/* Codes of one segment as floats. */
+INLINE void unpack_by(
+    const uint8_t *codes, long count, const int field, float middle, float unit, float *to
+) {
+    const u32x8 places = {0, field, 2 * field, 3 * field, 4 * field, 5 * field, 6 * field,
+                          7 * field};
+    const uint32_t mask = (1u << field) - 1;
+    long k = 0;
+    for (; k + 8 <= count; k += 8, codes += field) { /* eight codes take `field` bytes */
+        uint32_t word = 0;
+        memcpy(&word, codes, field);
+        u32x8 one = (u32x8){word, word, word, word, word, word, word, word} >> places & mask;
+        f32x8 found = (__builtin_convertvector((s32x8)one, f32x8) - middle) * unit;
+        memcpy(to + k, &found, sizeof found);
+    }
+    for (int i = 0; k < count; k++, i += field)
+        to[k] = ((float)(codes[i / 8] >> (i % 8) & mask) - middle) * unit;
+}
+
+static void unpack(
+    const uint8_t *codes, long count, int field, float middle, float unit, float *to
+) {
+    switch (field) {
+    case 1: unpack_by(codes, count, 1, middle, unit, to); return;
+    case 2: unpack_by(codes, count, 2, middle, unit, to); return;
+    case 4: unpack_by(codes, count, 4, middle, unit, to); return;
+    default: break;
+    }
+    long k = 0;
+    for (; k + 8 <= count; k += 8) {
+        f32x8 found = levels_of(codes + k) * unit;
+        memcpy(to + k, &found, sizeof found);
+    }
+    for (; k < count; k++) to[k] = ((float)codes[k] - middle) * unit;
+}
+
 /* Rows of weights as floats [rows, size]. */
 API int resplice_dequantize(
     const uint8_t *codes, long rows, long size, int bits, const float *step, long group,
     float *to, int threads
 ) {
     layout l = layout_of(size, bits, group);
-    int per = 8 / l.field, levels = (1 << bits) - 1, failed = 0;
-    float *table = malloc(256 * 8 * sizeof *table);
-    if (!table) return NO_MEMORY;
-    for (int byte = 0; byte < 256; byte++)
-        for (int i = 0; i < per; i++)
-            table[byte * per + i] =
-                (float)(byte >> (i * l.field) & ((1 << l.field) - 1)) - (float)levels / 2;
+    const float middle = (float)((1 << bits) - 1) / 2;
+    int failed = 0;
     (void)threads;
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
     {
@@ -510,17 +608,13 @@ API int resplice_dequantize(
                 row = scratch;
             }
             for (long s = 0; s < l.segments; s++) {
-                long from = s * l.length, count = least(l.length, size - from), k = 0;
-                const uint8_t *at = row + from * l.field / 8;
-                float *out = to + n * size + from, unit = step[n * l.segments + s];
-                for (; k + per <= count; k += per, at++)
-                    for (int i = 0; i < per; i++) out[k + i] = table[*at * per + i] * unit;
-                for (int i = 0; k < count; k++, i++) out[k] = table[*at * per + i] * unit;
+                long from = s * l.length, count = least(l.length, size - from);
+                unpack(row + from * l.field / 8, count, l.field, middle,
+                       step[n * l.segments + s], to + n * size + from);
             }
         }
         free(scratch);
     }
-    free(table);
     return failed ? NO_MEMORY : 0;
 }
 
@@ -604,6 +698,7 @@ API int resplice_quest_codes(
             double power = 0;
             if (block > 1) turn_row(x + r * size, size, block, turned);
             else memcpy(turned, x + r * size, size * sizeof *turned);
+#pragma omp simd reduction(+ : power)
             for (long k = 0; k < size; k++) power += (double)turned[k] * turned[k];
             double found = 2 * (alpha * sqrt(power / (double)size) + tiny) / ((1 << bits) - 1);
             float unit = step[r] = (float)found;

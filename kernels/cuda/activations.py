@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def activated(z: Any, kind: tl.constexpr) -> Any:
+def activated(z: tl.tensor, kind: tl.constexpr) -> tl.tensor:
     """`moe_routing.ACTIVATIONS` of float32 values; tanh by way of the sigmoid."""
     tl.static_assert(
         kind == "silu" or kind == "gelu" or kind == "gelu_tanh" or kind == "gelu_sigmoid"

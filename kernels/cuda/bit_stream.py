@@ -9,23 +9,20 @@ change places in memory. Activations are taken apart in registers, by splitting 
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
-def period(bits: int, wide: bool = False) -> tuple[int, int]:
-    """Codes and bytes of a word: 8 codes in 3 bytes for 3 bits; `wide` ones hold 4 bytes."""
-    if bits == 3:
-        return 8, 3
-    return (32 // bits, 4) if wide else (8 // bits, 1)
+def period(bits: int) -> tuple[int, int]:
+    """Codes and bytes of a word: 8 codes in 3 bytes for 3 bits, else those of one byte."""
+    return (8, 3) if bits == 3 else (8 // bits, 1)
 
 
 @triton.jit
 def load_words(
-    codes: Any, rows: Any, places: Any, inside: Any, row_bytes: Any, width: tl.constexpr,
-) -> Any:  # fmt: skip
+    codes: tl.tensor, rows: tl.tensor, places: tl.tensor, inside: tl.tensor, row_bytes: tl.tensor,
+    width: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Words [rows, places] as int32; zero outside.
 
     `codes` points to bytes, or to int32 where `width` is 4 and rows are whole numbers of those.
@@ -54,7 +51,9 @@ def load_words(
 
 
 @triton.jit
-def level(word: Any, place: tl.constexpr, bits: tl.constexpr, kind: tl.constexpr) -> Any:
+def level(
+    word: tl.tensor, place: tl.constexpr, bits: tl.constexpr, kind: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Levels in units of the step: code - 2**(bits-1) + 1/2, exact in `kind`.
 
     The code becomes the low bits of a number whose last bit is worth 1/2: an integer `or` and one
@@ -72,6 +71,6 @@ def level(word: Any, place: tl.constexpr, bits: tl.constexpr, kind: tl.constexpr
 
 
 @triton.jit
-def evens_and_odds(values: Any) -> Any:
+def evens_and_odds(values: tl.tensor) -> tl.tuple:
     """Columns 0, 2, 4 ... and 1, 3, 5 ... of [rows, columns]."""
     return tl.split(tl.reshape(values, (values.shape[0], values.shape[1] // 2, 2)))

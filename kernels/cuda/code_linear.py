@@ -15,7 +15,6 @@ integers, are left to the kernel of `quant_linear`, on float32 values.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -36,9 +35,9 @@ takes three instructions a token, where unpacking it for tensor cores takes thre
 
 @triton.jit
 def _integer_slices(
-    word: Any, part: Any, acc: Any, total: Any, ones: Any, slot: tl.constexpr, stride: tl.constexpr,
-    bits: tl.constexpr, per: tl.constexpr,
-) -> Any:  # fmt: skip
+    word: tl.tensor, part: tl.tensor, acc: tl.tensor, total: tl.tensor, ones: tl.tensor,
+    slot: tl.constexpr, stride: tl.constexpr, bits: tl.constexpr, per: tl.constexpr,
+) -> tl.tuple:  # fmt: skip
     """Add slices slot, slot + stride ... of K; `total` [rows, 16] sums the weights."""
     if stride < per:
         even, odd = evens_and_odds(part)
@@ -56,8 +55,9 @@ def _integer_slices(
 
 @triton.jit
 def code_linear_tiles(
-    x: Any, x_step: Any, codes: Any, step: Any, bias: Any, y: Any, m: Any, n: Any, k: Any,
-    row_bytes: Any, tiles_each: Any, bits: tl.constexpr, per: tl.constexpr, width: tl.constexpr,
+    x: tl.tensor, x_step: tl.tensor, codes: tl.tensor, step: tl.tensor, bias: tl.tensor,
+    y: tl.tensor, m: tl.tensor, n: tl.tensor, k: tl.tensor, row_bytes: tl.tensor,
+    tiles_each: tl.tensor, bits: tl.constexpr, per: tl.constexpr, width: tl.constexpr,
     last: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, words: tl.constexpr,
 ) -> None:  # fmt: skip
     """Outputs [block_m tokens, block_n rows] from `tiles_each` tiles of K.
@@ -101,8 +101,9 @@ def code_linear_tiles(
 
 @triton.jit
 def _scaled(
-    total: Any, x_step: Any, step: Any, bias: Any, tokens: Any, rows: Any, m: Any, n: Any,
-) -> Any:  # fmt: skip
+    total: tl.tensor, x_step: tl.tensor, step: tl.tensor, bias: tl.tensor, tokens: tl.tensor,
+    rows: tl.tensor, m: tl.tensor, n: tl.tensor,
+) -> tl.tensor:  # fmt: skip
     """Integer sums of products of odd numbers -> outputs, float32."""
     scale = tl.load(x_step + tokens, tokens < m, other=0.0) * 0.25
     found = total.to(tl.float32) * (scale * tl.load(step + rows, rows < n, other=0.0))
@@ -113,8 +114,8 @@ def _scaled(
 
 @triton.jit
 def code_linear_parts(
-    parts: Any, x_step: Any, step: Any, bias: Any, y: Any, m: Any, n: Any, count: Any,
-    block: tl.constexpr,
+    parts: tl.tensor, x_step: tl.tensor, step: tl.tensor, bias: tl.tensor, y: tl.tensor,
+    m: tl.tensor, n: tl.tensor, count: tl.tensor, block: tl.constexpr,
 ) -> None:  # fmt: skip
     """Sums over parts [count, m, n] of K; then steps and bias."""
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
@@ -127,7 +128,7 @@ def code_linear_parts(
 
 
 @triton.jit
-def counted(word: Any) -> Any:
+def counted(word: tl.tensor) -> tl.tensor:
     """Bits that are set in uint32 numbers; compilers know the form and emit one instruction."""
     word = word - ((word >> 1) & 0x55555555)
     word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
@@ -136,7 +137,9 @@ def counted(word: Any) -> Any:
 
 
 @triton.jit
-def pack_signs(x: Any, y: Any, m: Any, k: Any, words: Any, block: tl.constexpr) -> None:
+def pack_signs(
+    x: tl.tensor, y: tl.tensor, m: tl.tensor, k: tl.tensor, words: tl.tensor, block: tl.constexpr,
+) -> None:  # fmt: skip
     """Signs of codes [m, k], a byte each -> 32 in a number [m, words]; set where positive."""
     word = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     bit = tl.arange(0, 32)[None, :]
@@ -148,8 +151,9 @@ def pack_signs(x: Any, y: Any, m: Any, k: Any, words: Any, block: tl.constexpr) 
 
 @triton.jit
 def code_linear_bits(
-    x: Any, x_step: Any, codes: Any, step: Any, bias: Any, y: Any, m: Any, n: Any, k: Any,
-    row_bytes: Any, x_words: Any, block_m: tl.constexpr, block_n: tl.constexpr, words: tl.constexpr,
+    x: tl.tensor, x_step: tl.tensor, codes: tl.tensor, step: tl.tensor, bias: tl.tensor,
+    y: tl.tensor, m: tl.tensor, n: tl.tensor, k: tl.tensor, row_bytes: tl.tensor,
+    x_words: tl.tensor, block_m: tl.constexpr, block_n: tl.constexpr, words: tl.constexpr,
 ) -> None:  # fmt: skip
     """One bit by one bit, all of K: x holds the words of `pack_signs`."""
     rows = (tl.program_id(0) * block_n + tl.arange(0, block_n)).to(tl.int64)

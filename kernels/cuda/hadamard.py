@@ -9,7 +9,6 @@ order 16; orders above 128 are transforms of order 128 and of the rest, one afte
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -26,7 +25,7 @@ LARGEST = 128
 
 
 @triton.jit
-def sign_matrix(order: tl.constexpr, block: tl.constexpr, kind: tl.constexpr) -> Any:
+def sign_matrix(order: tl.constexpr, block: tl.constexpr, kind: tl.constexpr) -> tl.tensor:
     """Transforms of order `block` along the diagonal, without their scale: [order, order].
 
     `kind` is the type of the values; the signs of 32-bit ones are bfloat16.
@@ -42,7 +41,7 @@ def sign_matrix(order: tl.constexpr, block: tl.constexpr, kind: tl.constexpr) ->
 
 
 @triton.jit
-def transformed(values: Any, signs: Any) -> Any:
+def transformed(values: tl.tensor, signs: tl.tensor) -> tl.tensor:
     """Values [rows, order] times `sign_matrix`, float32, without the scale."""
     zero = tl.zeros(values.shape, tl.float32)
     if values.dtype == tl.float32:
@@ -58,8 +57,8 @@ def transformed(values: Any, signs: Any) -> Any:
 
 @triton.jit
 def hadamard_blocks(
-    x: Any, y: Any, size: Any, scale: Any, tiles: Any, order: tl.constexpr, block: tl.constexpr,
-    stride: tl.constexpr, block_rows: tl.constexpr,
+    x: tl.tensor, y: tl.tensor, size: tl.tensor, scale: tl.tensor, tiles: tl.tensor,
+    order: tl.constexpr, block: tl.constexpr, stride: tl.constexpr, block_rows: tl.constexpr,
 ) -> None:  # fmt: skip
     """Transform elements i*stride of runs of block*stride elements; `size` elements in all."""
     signs = sign_matrix(order, block, x.dtype.element_ty)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.compiler.code_generator  # noqa: F401  (binds `min` before any patch of it)
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch._subclasses.functional_tensor import FunctionalTensor

@@ -26,9 +26,9 @@ from resplice.kernels.moe_ffn import moe_ffn as op
 
 @triton.jit
 def _rows(
-    slots: Any, loads: Any, tokens: Any, experts: Any, active: Any, padded: tl.constexpr,
-    block_m: tl.constexpr,
-) -> Any:  # fmt: skip
+    slots: tl.tensor, loads: tl.tensor, tokens: tl.tensor, experts: tl.tensor, active: tl.tensor,
+    padded: tl.constexpr, block_m: tl.constexpr,
+) -> tl.tuple:  # fmt: skip
     """Expert, slots and tokens of this block of rows, and which of them are there.
 
     Without `slots` every expert gets every token, in blocks of block_m.
@@ -51,10 +51,10 @@ def _rows(
 
 @triton.jit
 def moe_in(
-    x: Any, weight: Any, bias: Any, slots: Any, loads: Any, h: Any, tokens: Any, d: Any, m: Any,
-    experts: Any, active: Any, activation: tl.constexpr, gated: tl.constexpr,
-    precision: tl.constexpr, padded: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
-    block_k: tl.constexpr,
+    x: tl.tensor, weight: tl.tensor, bias: tl.tensor, slots: tl.tensor, loads: tl.tensor,
+    h: tl.tensor, tokens: tl.tensor, d: tl.tensor, m: tl.tensor, experts: tl.tensor,
+    active: tl.tensor, activation: tl.constexpr, gated: tl.constexpr, precision: tl.constexpr,
+    padded: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
 ) -> None:  # fmt: skip
     """Neurons h[slot, block_n of m]."""
     expert, slot, token, here = _rows(slots, loads, tokens, experts, active, padded, block_m)
@@ -89,8 +89,9 @@ def moe_in(
 
 @triton.jit
 def moe_out(
-    h: Any, weight: Any, bias: Any, gates: Any, parts: Any, slots: Any, loads: Any, y: Any,
-    tokens: Any, m: Any, n: Any, experts: Any, active: Any, count: Any, precision: tl.constexpr,
+    h: tl.tensor, weight: tl.tensor, bias: tl.tensor, gates: tl.tensor, parts: tl.tensor,
+    slots: tl.tensor, loads: tl.tensor, y: tl.tensor, tokens: tl.tensor, m: tl.tensor, n: tl.tensor,
+    experts: tl.tensor, active: tl.tensor, count: tl.tensor, precision: tl.constexpr,
     padded: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
 ) -> None:  # fmt: skip
     """Outputs y[slot, block_n of n], by gates[slot]; plus parts[slot * count + ...] and bias."""
@@ -121,7 +122,8 @@ def moe_out(
 
 @triton.jit
 def moe_sum(
-    parts: Any, bias: Any, y: Any, size: Any, n: Any, count: Any, block: tl.constexpr,
+    parts: tl.tensor, bias: tl.tensor, y: tl.tensor, size: tl.tensor, n: tl.tensor,
+    count: tl.tensor, block: tl.constexpr,
 ) -> None:  # fmt: skip
     """y[token, n] = the sum of parts[token, count, n], in order, and bias."""
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)

@@ -7,8 +7,6 @@ the chosen experts of a token are ranked by their number.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -20,9 +18,10 @@ from resplice.kernels.cuda.launch import Config, configured, current_arch, launc
 
 @triton.jit
 def _projected(
-    tokens: Any, router: Any, bias: Any, rows: Any, valid: Any, part: Any, inside: Any, d: Any,
-    columns: tl.constexpr, precision: tl.constexpr, block_k: tl.constexpr,
-) -> Any:  # fmt: skip
+    tokens: tl.tensor, router: tl.tensor, bias: tl.tensor, rows: tl.tensor, valid: tl.tensor,
+    part: tl.tensor, inside: tl.tensor, d: tl.tensor, columns: tl.constexpr,
+    precision: tl.constexpr, block_k: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Tokens [block, d] times rows of the router, plus bias: float32 [block, columns]."""
     acc = tl.zeros((part.shape[0], columns), tl.float32)
     lane = tl.arange(0, block_k)
@@ -39,7 +38,9 @@ def _projected(
 
 
 @triton.jit
-def _largest(wanted: Any, scores: Any, number: Any, count: Any, active: tl.constexpr) -> Any:
+def _largest(
+    wanted: tl.tensor, scores: tl.tensor, number: tl.tensor, count: tl.tensor, active: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Which `active` of the first `count` columns are largest; see `moe_routing.route` for ties."""
     lowest = float("-inf")
     wanted = tl.where(wanted == wanted, wanted, lowest)
@@ -59,10 +60,11 @@ def _largest(wanted: Any, scores: Any, number: Any, count: Any, active: tl.const
 
 @triton.jit
 def moe_route(
-    x: Any, router: Any, bias: Any, gate_scale: Any, balance: Any, choice: Any, gates: Any,
-    tokens: Any, d: Any, experts: Any, each: Any, active: tl.constexpr, activation: tl.constexpr,
-    gated: tl.constexpr, score: tl.constexpr, precision: tl.constexpr, padded: tl.constexpr,
-    share: tl.constexpr, block_t: tl.constexpr, block_k: tl.constexpr,
+    x: tl.tensor, router: tl.tensor, bias: tl.tensor, gate_scale: tl.tensor, balance: tl.tensor,
+    choice: tl.tensor, gates: tl.tensor, tokens: tl.tensor, d: tl.tensor, experts: tl.tensor,
+    each: tl.tensor, active: tl.constexpr, activation: tl.constexpr, gated: tl.constexpr,
+    score: tl.constexpr, precision: tl.constexpr, padded: tl.constexpr, share: tl.constexpr,
+    block_t: tl.constexpr, block_k: tl.constexpr,
 ) -> None:  # fmt: skip
     """Choose experts for block_t tokens.
 
@@ -108,7 +110,8 @@ def moe_route(
 
 @triton.jit
 def moe_dispatch(
-    choice: Any, slots: Any, loads: Any, tokens: Any, active: Any, block: tl.constexpr,
+    choice: tl.tensor, slots: tl.tensor, loads: tl.tensor, tokens: tl.tensor, active: tl.tensor,
+    block: tl.constexpr,
 ) -> None:  # fmt: skip
     """List the slots of one expert in the order of tokens: slots[expert, place], loads[expert]."""
     expert = tl.program_id(0)
@@ -125,8 +128,9 @@ def moe_dispatch(
 
 @triton.jit
 def block_of(
-    loads: Any, tile: Any, experts: Any, padded: tl.constexpr, block_m: tl.constexpr,
-) -> Any:  # fmt: skip
+    loads: tl.tensor, tile: tl.tensor, experts: tl.tensor, padded: tl.constexpr,
+    block_m: tl.constexpr,
+) -> tl.tuple:  # fmt: skip
     """Expert of a block of rows, its number among that expert's, and the expert's load.
 
     Blocks are numbered by expert; past the last one the expert is `experts`.

@@ -13,7 +13,6 @@ without tensor cores.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -31,17 +30,21 @@ from resplice.kernels.quant_linear import quant_linear as op
 
 
 @triton.jit
-def _steps(step: Any, rows: Any, columns: Any, inside: Any, groups: Any, group: Any) -> Any:
+def _steps(
+    step: tl.tensor, rows: tl.tensor, columns: tl.tensor, inside: tl.tensor, groups: tl.tensor,
+    group: tl.tensor,
+) -> tl.tensor:  # fmt: skip
     which = columns // group
     return tl.load(step + rows * groups + which, inside & (which < groups), other=0.0)
 
 
 @triton.jit
 def _tile_slices(
-    word: Any, part: Any, scale: Any, acc: Any, step: Any, rows: Any, places: Any, inside: Any,
-    groups: Any, group: Any, slot: tl.constexpr, stride: tl.constexpr, bits: tl.constexpr,
-    per: tl.constexpr, grouping: tl.constexpr, precision: tl.constexpr,
-) -> Any:  # fmt: skip
+    word: tl.tensor, part: tl.tensor, scale: tl.tensor, acc: tl.tensor, step: tl.tensor,
+    rows: tl.tensor, places: tl.tensor, inside: tl.tensor, groups: tl.tensor, group: tl.tensor,
+    slot: tl.constexpr, stride: tl.constexpr, bits: tl.constexpr, per: tl.constexpr,
+    grouping: tl.constexpr, precision: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Add slices slot, slot + stride ... of K; `part` [tokens, columns] holds their activations."""
     if stride < per:
         even, odd = evens_and_odds(part)
@@ -66,8 +69,9 @@ def _tile_slices(
 
 @triton.jit
 def quant_linear_tiles(
-    x: Any, x_step: Any, codes: Any, step: Any, bias: Any, y: Any, m: Any, n: Any, k: Any,
-    row_bytes: Any, groups: Any, group: Any, tiles_each: Any, bits: tl.constexpr, per: tl.constexpr,
+    x: tl.tensor, x_step: tl.tensor, codes: tl.tensor, step: tl.tensor, bias: tl.tensor,
+    y: tl.tensor, m: tl.tensor, n: tl.tensor, k: tl.tensor, row_bytes: tl.tensor, groups: tl.tensor,
+    group: tl.tensor, tiles_each: tl.tensor, bits: tl.constexpr, per: tl.constexpr,
     width: tl.constexpr, grouping: tl.constexpr, precision: tl.constexpr, last: tl.constexpr,
     block_m: tl.constexpr, block_n: tl.constexpr, words: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -116,8 +120,8 @@ def quant_linear_tiles(
 
 @triton.jit
 def quant_linear_parts(
-    parts: Any, x_step: Any, step: Any, bias: Any, y: Any, size: Any, n: Any, count: Any,
-    grouping: tl.constexpr, block: tl.constexpr,
+    parts: tl.tensor, x_step: tl.tensor, step: tl.tensor, bias: tl.tensor, y: tl.tensor,
+    size: tl.tensor, n: tl.tensor, count: tl.tensor, grouping: tl.constexpr, block: tl.constexpr,
 ) -> None:  # fmt: skip
     """Sums over parts [count, size] of K, in order; then step and bias."""
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
@@ -235,7 +239,12 @@ def _grouping(group: int, per: int, block_k: int) -> int:
     return 1 if group % block_k == 0 else 2 if group % per == 0 else 3
 
 
-def share(tiles: int, programs: int, arch: str) -> int:
-    """Tiles of K per program: two programs per processor, of four tiles or more each."""
+def share(tiles: int, programs: int | torch.SymInt, arch: str) -> int:
+    """Tiles of K per program: two programs per processor, of four tiles or more each.
+
+    A dynamic number of programs leaves K whole.
+    """
+    if not isinstance(programs, int):
+        return tiles
     wanted = max(1, 2 * PROCESSORS.get(arch, 100) // programs)
     return max(-(-tiles // wanted), min(4, tiles))

@@ -7,7 +7,6 @@ transformed. A row of up to 64 blocks is loaded once, a longer one twice.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -23,7 +22,7 @@ from resplice.kernels.quest_quantize import rounded
 
 
 @triton.jit
-def _squares(values: Any, block_m: tl.constexpr) -> Any:
+def _squares(values: tl.tensor, block_m: tl.constexpr) -> tl.tensor:
     wide = tl.reshape(
         values.to(tl.float32), (block_m, values.shape[0] // block_m * values.shape[1])
     )
@@ -31,7 +30,9 @@ def _squares(values: Any, block_m: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _levels(values: Any, step: Any, signs: Any, scale: Any, half: tl.constexpr) -> Any:
+def _levels(
+    values: tl.tensor, step: tl.tensor, signs: tl.tensor, scale: tl.tensor, half: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """The nearest level of each value, in steps of its row, plus 1/2; ties to even."""
     turned = values.to(tl.float32) if signs is None else transformed(values, signs) * scale
     place = tl.clamp(tl.div_rn(turned, step) + 0.5, 1.0 - half, half)
@@ -40,9 +41,9 @@ def _levels(values: Any, step: Any, signs: Any, scale: Any, half: tl.constexpr) 
 
 @triton.jit
 def quest_quantize_rows(
-    x: Any, y: Any, steps: Any, m: Any, k: Any, scale: Any, alpha: Any, tiny: Any,
-    bits: tl.constexpr, block: tl.constexpr, order: tl.constexpr, result: tl.constexpr,
-    once: tl.constexpr, block_m: tl.constexpr, blocks: tl.constexpr,
+    x: tl.tensor, y: tl.tensor, steps: tl.tensor, m: tl.tensor, k: tl.tensor, scale: tl.tensor,
+    alpha: tl.tensor, tiny: tl.tensor, bits: tl.constexpr, block: tl.constexpr, order: tl.constexpr,
+    result: tl.constexpr, once: tl.constexpr, block_m: tl.constexpr, blocks: tl.constexpr,
 ) -> None:  # fmt: skip
     """Quantise rows, block_m at a time and of them `blocks` runs of `order` values at a time.
 

@@ -159,6 +159,8 @@ def fitting(
         held: Float32 results of each of its own tokens.
         blocks: "mn" if a program owns `block_m` tokens, "nm" if it owns `block_n`.
     """
+    if dtype == torch.float32:  # three products of parts each: larger blocks spill
+        return [Config({"block_m": m, "block_n": 16}, 4, 1) for m in (16, 32)]
     lanes = 64 if arch.startswith("gfx") else 32
     kept = own if arch.startswith("sm") else 0
 

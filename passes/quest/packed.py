@@ -137,8 +137,8 @@ def pack_weight(weight: Tensor, form: Form, block: int) -> PackedWeight:
 
 def pack_rows(weight: Tensor, form: Form, block: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Steps, codes and places of a matrix."""
-    values = weight.float().contiguous()
-    values = values if block == 1 else hadamard(values, block)
+    values = weight.float()  # as it lies: sums of other strides differ in their last bit
+    values = values if block == 1 else hadamard(values.contiguous(), block)
     pieces = values.split(form.group or values.shape[-1], -1)
     steps = [step_of(piece, form.levels) for piece in pieces]
     codes = torch.cat([encode(p, s, form.levels) for p, s in zip(pieces, steps, strict=True)], -1)

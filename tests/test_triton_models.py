@@ -25,7 +25,7 @@ CASES: list[Any] = [
     pytest.param("llama", "cmoe{experts=4 shared=1 active=2 k-act=5}", {"batch": 2, "seq": 8},
                  {"moe_ffn": 2}, marks=pytest.mark.slow),
     pytest.param("llama", "quest{weight-bits=1 act-bits=1}", WORDS,
-                 {"quant_linear": 14, "quest_quantize": 8}, marks=pytest.mark.slow),
+                 {"quest_codes": 8, "code_linear": 14}, marks=pytest.mark.slow),
     pytest.param("hunyuanvideo", "sta{tile=1,2,2 window=1,1,1}", {**VIDEO, "text": 5},
                  {"tile_attention": 4}, marks=pytest.mark.slow),
     pytest.param("wan", "sta{tile=1,2,2 window=1,1,1},quest{weight-bits=4}", VIDEO,

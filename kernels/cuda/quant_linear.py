@@ -244,7 +244,7 @@ def share(tiles: int, programs: int | torch.SymInt, arch: str) -> int:
 
     A dynamic number of programs leaves K whole.
     """
-    if isinstance(programs, torch.SymInt):
+    if not isinstance(programs, int):
         return tiles
     wanted = max(1, 2 * PROCESSORS.get(arch, 100) // programs)
     return max(-(-tiles // wanted), min(4, tiles))

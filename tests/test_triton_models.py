@@ -27,7 +27,7 @@ CASES: list[Any] = [
 ]
 SLOW: list[Any] = [
     ("llama", "cmoe{experts=4 shared=1 active=2 k-act=5}", {"batch": 2, "seq": 8}, {"moe_ffn"}),
-    ("llama", "quest{weight-bits=1 act-bits=1}", WORDS, {"quest_codes", "code_linear"}),
+    ("llama", "quest{weight-bits=4 act-bits=4}", WORDS, {"quest_codes", "code_linear"}),
     ("hunyuanvideo", TILES, {**VIDEO, "text": 5}, {"tile_attention"}),
     ("wan", f"{TILES},quest{{weight-bits=4}}", VIDEO, {"tile_attention", "quant_linear"}),
 ]

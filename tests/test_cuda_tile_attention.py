@@ -324,7 +324,7 @@ def test_compiled_code(arch: str, dtype: torch.dtype, d: int, mask: str, tmp_pat
         if item.name == "tile_attention_delta":
             continue
         assert code.tensor_core > 0, item.name
-        if arch == "sm_90":
+        if arch == "sm_90" and dtype.itemsize == 2:
             assert code.count("HGMMA") == code.tensor_core, item.name
         if arch == "sm_90" and item.name == "tile_attention_forward" and dtype.itemsize == 2:
             assert code.count("HGMMA") == FORWARD_HGMMA[d]

@@ -44,7 +44,7 @@ def outputs(program: Program) -> list[Tensor]:
 @pytest.mark.parametrize(
     "name",
     [
-        "gpt2", "mixtral", pytest.param("qwen3moe", marks=pytest.mark.slow),
+        "gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixtral", "qwen3moe")),
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("ltx", "wan", "hunyuanvideo")),
     ],
 )  # fmt: skip

@@ -96,7 +96,12 @@ def test_products_of_fp4_operands() -> None:
     assert ((program(x) - expected).abs() > 1e-4 * expected.abs().max()).float().mean() < 0.05
 
 
-@pytest.mark.parametrize("options", [*FORMS[:3], FORMS[4], {"sparse": "4:8", "group": 16}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [FORMS[0], FORMS[4], *(pytest.param(form, marks=pytest.mark.slow) for form in FORMS[1:3]),
+     pytest.param({"sparse": "4:8", "group": 16}, marks=pytest.mark.slow)],
+    ids=str,
+)  # fmt: skip
 def test_forms_on_every_backend(options: dict[str, Any], tmp_path: Path) -> None:
     program, _ = run(program_of(block(seed=4)), Quest(**options))
     backends_agree(program, tmp_path, torch.randn(3, 32))
@@ -181,7 +186,11 @@ def test_narrow_models_stay_narrow(kind: torch.dtype) -> None:
 # ---- several options at once -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", [{}, {"format": "fp4"}, {"sparse": "4:8"}], ids=str)
+@pytest.mark.parametrize(
+    "form",
+    [{"sparse": "4:8"}, *(pytest.param(f, marks=pytest.mark.slow) for f in FORMS[:2])],
+    ids=str,
+)  # fmt: skip
 def test_signs_activations_groups_and_head_together(form: dict[str, Any], tmp_path: Path) -> None:
     """Every product reads rounded values; only the un-gated one has signs."""
 

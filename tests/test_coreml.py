@@ -187,6 +187,7 @@ def test_the_package_says_how_it_was_made(program: Program, tmp_path: Path) -> N
     assert relative(small(x), reopened.run({"x": x})["output"]) <= FP16_BAR
 
 
+@pytest.mark.filterwarnings("ignore:.*expect a relative error")
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("group", [0, 32])
 def test_packed_weights_are_exact_and_small(bits: int, group: int, tmp_path: Path) -> None:
@@ -207,6 +208,7 @@ def test_packed_weights_are_exact_and_small(bits: int, group: int, tmp_path: Pat
     assert artifact.notes["main"]["ops"]["quant_linear: lowered"] == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*expect a relative error")
 @pytest.mark.parametrize("target", ["iOS16", "iOS26"])
 def test_packed_weights_on_other_targets(target: Any, program: Program, tmp_path: Path) -> None:
     for spec in ("quest{weight-bits=1}", "quest{weight-bits=3}", "quest{weight-bits=4 group=16}"):

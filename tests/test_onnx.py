@@ -37,6 +37,7 @@ def test_left_padding_gives_zeros_not_the_mean_of_values(tmp_path: Path) -> None
         assert found[..., 1, :].abs().max() == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*expect a relative error")
 @pytest.mark.parametrize(
     "options", [OnnxOptions(), OnnxOptions(accuracy_level=0), OnnxOptions(portable=True)]
 )

@@ -62,7 +62,9 @@ def test_quest_rewrites_every_linear_layer_but_the_head(name: str) -> None:
     small = resplice.optimize(program, "quest{weight-bits=8}")
     (step,) = [s for s in small.report.steps if s["pass"].startswith("quest")]
     layers = [m for m in model.modules() if type(m).__name__ in ("Linear", "Conv1D")]
-    assert len(step["changes"][0]["sites"]) == len(layers) - 1  # the head, or BERT's pooler
+    stacks = [name for name, _ in model.named_parameters() if "experts" in name]
+    rewritten = len(step["changes"][0]["sites"])
+    assert rewritten == len(layers) + len(stacks) - 1  # the head, or BERT's pooler
     reasons = [refusal["reason"] for refusal in step["changes"][0]["refusals"]]
     routers = 2 if name == "qwen3moe" else 0
     assert sum("it is a router" in reason for reason in reasons) == routers

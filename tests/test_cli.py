@@ -98,6 +98,17 @@ def test_a_program_is_converted_and_read_back(
     assert cli("check", target, target)[0] == 0
 
 
+def test_check_takes_the_bar_that_an_artefact_was_made_with(
+    cli: Cli, factory_module: str, tmp_path: Path
+) -> None:
+    program, artefact = tmp_path / "small.pt2", tmp_path / "small.onnx"
+    for to, file in (("pt2", program), ("onnx", artefact)):
+        code, _, _ = cli("convert", f"{factory_module}:mlp", "-p", "quest", "--to", to, "-o", file)
+        assert code == 0
+    assert cli("check", program, artefact)[0] == 0  # int8 activations inside MatMulNBits
+    assert cli("check", program, artefact, "--bar", "1e-5")[0] == 6
+
+
 def test_bench_gives_a_ratio_beside_its_ideal(cli: Cli, factory_module: str) -> None:
     code, out, _ = cli("bench", f"{factory_module}:mlp", "-p", "quest", "--rounds", "3", "--json")
     data = json.loads(out)

@@ -39,7 +39,12 @@ KERNELS = (
 GOOD = [s for s in tile_attention.samples() if not s.refused]
 DOUBLE = [s for s in GOOD if s.args[0].dtype == torch.float64]
 SAMPLES = [s for s in GOOD if s.args[0].dtype != torch.float64]
-SHORT = [s for s in SAMPLES if s.args[0].shape[2] <= 150]
+QUICK = ("a window per head", "odd sizes", "texts of two lengths")
+SHORT = [
+    pytest.param(s, id=s.label, marks=() if s.label in QUICK else pytest.mark.slow)
+    for s in SAMPLES
+    if s.args[0].shape[2] <= 150
+]
 RAGGED = (3, 5, 7), (2, 2, 3), [1, 3, 1, 2, 1, 3], 3, True
 """Canvas, tile, windows of two heads, text first: every side has a short last tile."""
 
@@ -94,7 +99,7 @@ def test_16_bit_types(dtype: torch.dtype) -> None:
         assert holds((*cast(drawn(RAGGED[0], RAGGED[3]), dtype), *RAGGED))
 
 
-@pytest.mark.parametrize(("d", "dv"), [(20, 12), (40, 16), (16, 72)])
+@pytest.mark.parametrize(("d", "dv"), [(20, 12), (16, 40)])
 def test_any_number_of_channels_in_any_layout(d: int, dv: int) -> None:
     q, k, v = drawn(RAGGED[0], RAGGED[3], d=d, dv=dv)
     q, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, v))
@@ -179,14 +184,14 @@ def trained(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     "problem",
-    [((4, 8, 8), (2, 4, 4), [1, 1, 1, 2, 1, 2], 0, False), RAGGED],
+    [((3, 8, 8), (1, 4, 4), [1, 1, 1, 3, 1, 2], 0, False), RAGGED],
     ids=["dense", "ragged, with text"],
 )
 def test_every_kernel_loads_exactly_the_tokens_that_are_seen(problem: Any) -> None:
     """Each once; and where sizes divide, as many blocks as the formula says, none masked."""
     canvas, tile, windows, text, first = problem
     q, k, v = drawn(canvas, text)
-    with blocks(16, 32), watched(q=q, k=k) as loads:
+    with blocks(16, 16), watched(q=q, k=k) as loads:
         trained(q, k, v, *problem)
     sees = [tile_mask(canvas, tile, w, text, first).numpy() for w in triples(windows)]
     counted: Counter[tuple[str, int]] = Counter()
@@ -202,7 +207,7 @@ def test_every_kernel_loads_exactly_the_tokens_that_are_seen(problem: Any) -> No
     assert {kernel for kernel, _ in counted} == set(KERNELS)
     if not text:
         grid, size = tile_grid(canvas, tile), math.prod(tile)
-        dense = [math.prod(grid) * math.prod(w) * (size // 16) * (size // 32)
+        dense = [math.prod(grid) * math.prod(w) * (size // 16) ** 2
                  for w in triples(windows)]  # fmt: skip
         assert all(number == dense[head] for (_, head), number in counted.items())
         assert all(full for notes in loads.values() for *_, full in notes)
@@ -216,7 +221,7 @@ def test_heads_with_most_keys_come_first_and_whole_axes_are_one_tile() -> None:
 # ---- gradients ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sample", SHORT, ids=lambda s: s.label)
+@pytest.mark.parametrize("sample", SHORT)
 def test_gradients_are_those_of_the_reference(sample: Any) -> None:
     q, k, v, *rest = sample.args
     with blocks(64, 64):
@@ -319,7 +324,7 @@ def test_compiled_code(arch: str, dtype: torch.dtype, d: int, mask: str, tmp_pat
         if item.name == "tile_attention_delta":
             continue
         assert code.tensor_core > 0, item.name
-        if arch == "sm_90":
+        if arch == "sm_90" and dtype.itemsize == 2:
             assert code.count("HGMMA") == code.tensor_core, item.name
         if arch == "sm_90" and item.name == "tile_attention_forward" and dtype.itemsize == 2:
             assert code.count("HGMMA") == FORWARD_HGMMA[d]

@@ -48,7 +48,7 @@ def small() -> resplice.Optimized:
 
 @pytest.fixture(scope="module")
 def folder(small: resplice.Optimized, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return small.to_triton(tmp_path_factory.mktemp("triton") / "mlp", arch="sm_90,gfx942")
+    return small.to_triton(tmp_path_factory.mktemp("triton") / "mlp", arch="sm_90")
 
 
 def _copied(artifact: Artifact, path: Path) -> Path:
@@ -117,6 +117,20 @@ def test_the_report_is_computed_for_every_kernel_and_site(folder: Artifact) -> N
     text = (folder.path / "performance.md").read_text()
     assert "computed from the compiled code and published limits, not measured" in text
     assert all(name in text for name in report["targets"])
+
+
+@pytest.mark.slow
+def test_all_default_targets_are_compiled_without_spills(
+    small: resplice.Optimized, tmp_path: Path
+) -> None:
+    artifact = small.to_triton(tmp_path / "all", check=False)
+    report = json.loads((artifact.path / "performance.json").read_text())
+    assert list(report["targets"]) == ["sm_80", "sm_90", "sm_100", "gfx942"]
+    for target in report["targets"].values():
+        assert target["kernels"]
+        for kernel in target["kernels"].values():
+            assert kernel["spilled"] == 0
+            assert kernel["matrix_instructions"]
 
 
 def test_the_report_of_a_run_shows_it(
@@ -288,10 +302,12 @@ def test_dynamic_rows_give_a_grid_in_terms_of_sizes(mlp: nn.Module, tmp_path: Pa
     assert difference(small(x), artifact.run({"x": x})["output"]).relative < 1e-4
 
 
+@pytest.mark.parametrize("how", ["a question", "a constant"])
 def test_launches_that_hang_on_a_dynamic_size_are_refused(
-    mlp: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: str, mlp: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from resplice.backends.triton import record
+    from resplice.kernels.cuda.launch import Config, using
 
     def hosted(node: Any) -> Any:
         real = host_of(node)
@@ -299,7 +315,11 @@ def test_launches_that_hang_on_a_dynamic_size_are_refused(
             return None
 
         def host(x: torch.Tensor, *rest: Any) -> torch.Tensor:
-            return real(x[:1] if x.shape[0] > 100 else x, *rest)
+            if how == "a question":
+                return real(x[:1] if x.shape[0] > 100 else x, *rest)
+            sizes = {"block_m": x.shape[0], "block_n": 64, "words": 16}
+            with using(quant_linear_tiles=Config(sizes, 4, 2)):
+                return real(x, *rest)
 
         return host
 
@@ -310,7 +330,8 @@ def test_launches_that_hang_on_a_dynamic_size_are_refused(
     )  # fmt: skip
     with pytest.raises(LoweringError) as refused:
         small.to_triton(tmp_path / "x", arch="sm_90")
-    assert "rely on rows > 100 is False" in str(refused.value)
+    wanted = "rows > 100 is False" if how == "a question" else "block_m="
+    assert f"rely on {wanted}" in str(refused.value)
     assert "capture the model with fixed sizes" in str(refused.value)
     assert len(refused.value.problems) == 6
     assert list(tmp_path.iterdir()) == []

@@ -33,8 +33,8 @@ def test_interpreting_leaves_the_compiler_as_it_was() -> None:
     axpy(torch.randn(8), torch.randn(8), 1.0)
     from triton.compiler.code_generator import CodeGenerator
 
-    assert CodeGenerator.builtin_namespace["min"] is tl.minimum
-    assert CodeGenerator.builtin_namespace["max"] is tl.maximum
+    assert CodeGenerator.builtin_namespace["min"] is tl.core.builtin_min
+    assert CodeGenerator.builtin_namespace["max"] is tl.core.builtin_max
 
 
 @pytest.mark.parametrize("name", DEFAULT)

@@ -41,9 +41,12 @@ class OnnxArtifact(Artifact):
         return found.rms if self.bar > EXACT_BAR else found.relative
 
     @classmethod
-    def open(cls, path: str | Path, *, bar: float = EXACT_BAR, threads: int = 0) -> OnnxArtifact:
-        """Open an existing model."""
-        return cls(Path(path), bar, threads=threads)
+    def open(cls, path: str | Path, *, bar: float | None = None, threads: int = 0) -> OnnxArtifact:
+        """Open an existing model, with the bar it was made with unless another one is given."""
+        artifact = cls(Path(path), EXACT_BAR if bar is None else bar, threads=threads)
+        if bar is None:
+            artifact.bar = artifact.metadata.get("bar", EXACT_BAR)
+        return artifact
 
     def run(
         self, inputs: Mapping[str, torch.Tensor], *, function: str = "main"

@@ -85,10 +85,17 @@ def _site(program: Program, node: fx.Node, target: Target) -> Site:
         raise LoweringError(
             "triton", [f"{op.name} on {target.name}: {reason[0]} ({where(node)})"]
         ) from error
-    if guards:
-        asked = "; ".join(dict.fromkeys(guards))
+    fixed = [f"{name}={value}" for launch in launches for name, value in _symbolic(launch)]
+    if guards or fixed:
+        asked = "; ".join(dict.fromkeys([*guards, *fixed]))
         raise LoweringError("triton", [f"{op.name}: its launches rely on {asked} ({where(node)})"])
     return Site(node, op.name, tuple(launches), dict(_roles(node, result)))
+
+
+def _symbolic(launch: Launch) -> Iterator[tuple[str, Any]]:
+    """Compile-time arguments that hang on a dynamic size."""
+    kinds = (torch.SymInt, torch.SymBool, torch.SymFloat)
+    return ((n, value) for n, value in launch.constants.items() if isinstance(value, kinds))
 
 
 def _roles(node: fx.Node, result: Any) -> Iterator[tuple[Any, Json]]:

@@ -239,7 +239,12 @@ def _grouping(group: int, per: int, block_k: int) -> int:
     return 1 if group % block_k == 0 else 2 if group % per == 0 else 3
 
 
-def share(tiles: int, programs: int, arch: str) -> int:
-    """Tiles of K per program: two programs per processor, of four tiles or more each."""
+def share(tiles: int, programs: int | torch.SymInt, arch: str) -> int:
+    """Tiles of K per program: two programs per processor, of four tiles or more each.
+
+    A dynamic number of programs leaves K whole.
+    """
+    if not isinstance(programs, int):
+        return tiles
     wanted = max(1, 2 * PROCESSORS.get(arch, 100) // programs)
     return max(-(-tiles // wanted), min(4, tiles))

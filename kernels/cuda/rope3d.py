@@ -218,7 +218,8 @@ def rope3d(
     """The op on a GPU."""
     args = (positions, inv_freq, axis_map, scaling, pairs, token_axis)
     if torch.float64 in (x.dtype, inv_freq.dtype):
-        return by_reference(op, "is float64", x, *args)
+        result: Tensor = by_reference(op, "is float64", x, *args)
+        return result
     return rotate(_flat(x, token_axis), None, *args)[0]
 
 

@@ -213,6 +213,7 @@ def tile_attention(
     """The op on a GPU, without gradients; float64 goes the way of the CPU."""
     args = (q, k, v, canvas, tile, windows, text_length, text_first, mask, scale)
     if q.dtype == torch.float64:
-        return by_reference(op, "is float64", *args, fast=True)
+        result: Tensor = by_reference(op, "is float64", *args, fast=True)
+        return result
     problem = TileProblem.of(q, canvas, tile, windows, text_length, text_first, scale)
-    return attend(*aligned(q, k, v), mask, problem, False)[0]
+    return attend(aligned(q), aligned(k), aligned(v), mask, problem, False)[0]

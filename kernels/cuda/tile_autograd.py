@@ -66,7 +66,7 @@ def _saving(
     from resplice.kernels.cuda.tile_problem import TileProblem, aligned
 
     problem = TileProblem.of(q, canvas, tile, windows, text_length, text_first, scale)
-    out, logsum = attend(*aligned(q, k, v), mask, problem, True)
+    out, logsum = attend(aligned(q), aligned(k), aligned(v), mask, problem, True)
     assert logsum is not None
     return out, logsum
 
@@ -85,7 +85,7 @@ def _gradients(
     from resplice.kernels.cuda.tile_problem import TileProblem, aligned
 
     problem = TileProblem.of(q, canvas, tile, windows, text_length, text_first, scale)
-    grad, out, q, k, v = aligned(grad, out, q, k, v)
+    grad, out, q, k, v = (aligned(x) for x in (grad, out, q, k, v))
     return gradients(grad, q, k, v, mask, out, logsum, problem)
 
 

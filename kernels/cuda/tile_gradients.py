@@ -222,9 +222,9 @@ def tile_attention_key_gradient(
 # ---- the host ----------------------------------------------------------------------------
 
 _QUERY = {
-    "sm_80": [(64, 32, 4, 1), (128, 32, 8, 2)],
-    "sm_90": [(128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 1)],
-    "sm_100": [(128, 64, 8, 2), (64, 64, 4, 2)],
+    "sm_80": [(64, 32, 4, 1)],
+    "sm_90": [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)],
+    "sm_100": [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)],
     "gfx942": [(64, 32, 4, 1)],
 }
 _KEY = {
@@ -236,12 +236,18 @@ _KEY = {
 """Queries, keys, warps and stages, the default first."""
 
 
-def query_configs(arch: str, dtype: torch.dtype, d: int, dv: int) -> list[Config]:
-    """Configurations of the gradient of queries that fit; see `tile_attention.configs`."""
+def query_configs(
+    arch: str, dtype: torch.dtype, d: int, dv: int, masked: bool = False
+) -> list[Config]:
+    """Configurations of the gradient of queries that fit; see `tile_attention.configs`.
+
+    Where image keys are `masked`, the mask takes registers: the smallest blocks come first.
+    """
     width, width_v = width_of(d), width_of(dv)
-    return fitting(
+    found = fitting(
         arch, dtype, _QUERY, own=width + width_v, seen=width + width_v, held=width, blocks="mn"
     )
+    return found[::-1] if masked and dtype != torch.float32 else found
 
 
 def key_configs(arch: str, dtype: torch.dtype, d: int, dv: int) -> list[Config]:
@@ -293,7 +299,8 @@ def gradients(
     dq, dk, dvalue = (
         x.new_empty(batch, tokens, heads, x.shape[3]).transpose(1, 2) for x in (q, k, v)
     )
-    chosen = configured("tile_attention_query_gradient", query_configs(arch, q.dtype, d, dv))
+    candidates = query_configs(arch, q.dtype, d, dv, bool(common["mask_image"]))
+    chosen = configured("tile_attention_query_gradient", candidates)
     launch(
         tile_attention_query_gradient,
         (problem.blocks(chosen.constants["block_m"]), batch * heads),

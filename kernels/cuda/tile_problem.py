@@ -128,9 +128,9 @@ def _keys(row: Row, canvas: Triple) -> int:
     return math.prod(min(row[axis] * row[axis + 3], canvas[axis]) for axis in range(3))
 
 
-def aligned(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, copied where their channels are not neighbours in memory."""
-    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
+def aligned(x: Tensor) -> Tensor:
+    """The tensor, copied where its channels are not neighbours in memory."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def width_of(size: int) -> int:
@@ -159,6 +159,8 @@ def fitting(
         held: Float32 results of each of its own tokens.
         blocks: "mn" if a program owns `block_m` tokens, "nm" if it owns `block_n`.
     """
+    if dtype == torch.float32:  # three products of parts each: larger blocks spill
+        return [Config({"block_m": m, "block_n": 16}, 4, 1) for m in (16, 32)]
     lanes = 64 if arch.startswith("gfx") else 32
     kept = own if arch.startswith("sm") else 0
 

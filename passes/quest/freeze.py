@@ -49,6 +49,7 @@ def freeze(program: Program, *, integer: bool = False) -> tuple[Program, Change]
     others = apply_rules(draft, [_PackGrid(), _PackLevels()], Context(), "freeze")
     change.sites += others.sites
     remove_dead(draft)
+    draft.module.recompile()
     if not change.count:
         raise PassError(
             "freeze", "no weight of this program is rounded; rewrite it with quest{mode=qat} first"

@@ -175,9 +175,10 @@ class Quest(Pass):
         sum_up(change)
         error = expected_error(self.weight_bits, self.act_bits)
         if self.mode == "ptq" and error > _NEEDS_TRAINING and change.count:
-            change.notes.append(
+            change.notes.insert(
+                0,
                 f"WARNING: expect a relative error of {error:.2f} in every layer from "
-                f"W{self.weight_bits}A{self.act_bits} after training; train it with mode=qat"
+                f"W{self.weight_bits}A{self.act_bits} after training; train it with mode=qat",
             )
         return change
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,7 @@ from resplice.errors import NumericsError, UsageError
 from resplice.program import Program
 from resplice.registry import load
 
+_RELATIVE: Callable[[Difference], float] = attrgetter("relative")
 Run = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
@@ -37,6 +39,7 @@ class Side:
     bar: float
     program: Program | None = None
     package: Any = None
+    error_of: Callable[[Difference], float] = _RELATIVE
 
 
 def check(
@@ -82,20 +85,24 @@ def check(
         lambda: "\n".join([*map(str, rows), *(f"{name}: {d}" for name, d in found.items())]),
         as_json=json,
     )
-    limit = max(a.bar, b.bar) if bar is None else bar
+    loosest = max((a, b), key=lambda side: side.bar)
+    limit, error_of = (loosest.bar, loosest.error_of) if bar is None else (bar, _RELATIVE)
     for name, measured in found.items():
-        if not measured.within(limit):
+        if not (measured.finite and error_of(measured) <= limit):
             first = next((r for r in _values(a, b, cases[0], function)
                           if not r.difference.within(limit)), "")  # fmt: skip
             raise NumericsError(
-                f"output {name} differs", measured=measured.relative, bar=limit, where=str(first)
+                f"output {name} differs", measured=error_of(measured), bar=limit, where=str(first)
             )
 
 
 def _open(text: str, function: str, mode: str, allow_pickle: bool) -> Side:
     if text.endswith(".onnx"):
         artifact: Any = load("resplice.backends.onnx.artifact:OnnxArtifact").open(text)
-        return Side(lambda given: artifact.run(given, function=function), artifact.bar)
+        return Side(
+            lambda given: artifact.run(given, function=function), artifact.bar,
+            error_of=artifact.error_of,
+        )  # fmt: skip
     if text.rstrip("/").endswith(".mlpackage"):
         package: Any = load("resplice.backends.coreml.artifact:CoremlArtifact").open(
             text, mode=mode

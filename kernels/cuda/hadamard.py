@@ -72,8 +72,11 @@ def hadamard_blocks(
 
 def configs(arch: str, dtype: torch.dtype) -> list[Config]:
     """Configurations of `hadamard_blocks`, the default first."""
-    sizes = (64, 32, 128, 16) if dtype.itemsize == 2 else (32, 16, 64)
-    return [Config({"block_rows": rows}, 4, 1) for rows in sizes]
+    if dtype.itemsize == 4:  # three parts of every value are held at once
+        sizes = [(64, 8), (32, 8), (16, 4)]
+    else:
+        sizes = [(64, 4), (32, 4), (128, 8), (16, 4)]
+    return [Config({"block_rows": rows}, warps, 1) for rows, warps in sizes]
 
 
 def hadamard(x: Tensor, block: int) -> Tensor:

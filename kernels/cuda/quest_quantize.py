@@ -99,7 +99,7 @@ def configs(arch: str, dtype: torch.dtype, order: int, runs: int) -> list[Config
         return Config({"block_m": max(total // blocks, 1), "blocks": blocks}, warps, 1)
 
     if dtype.itemsize == 4:
-        return [of(32, 4), of(64, 8), of(16, 4)]
+        return [of(64, 8), of(32, 8), of(16, 4)]
     return [of(64, 4), of(64, 8), of(32, 4), of(16, 4), of(128, 8)]
 
 

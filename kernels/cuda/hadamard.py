@@ -73,7 +73,8 @@ def hadamard_blocks(
 def configs(arch: str, dtype: torch.dtype) -> list[Config]:
     """Configurations of `hadamard_blocks`, the default first."""
     if dtype.itemsize == 4:  # three parts of every value are held at once
-        sizes = [(64, 8), (32, 8), (16, 4)]
+        small = arch in ("sm_80", "sm_86", "sm_89") or arch.startswith("gfx")
+        sizes = [(16, 4), (16, 8)] if small else [(64, 8), (32, 8), (16, 4)]
     else:
         sizes = [(64, 4), (32, 4), (128, 8), (16, 4)]
     return [Config({"block_rows": rows}, warps, 1) for rows, warps in sizes]

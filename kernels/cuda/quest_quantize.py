@@ -98,8 +98,12 @@ def configs(arch: str, dtype: torch.dtype, order: int, runs: int) -> list[Config
         blocks = min(triton.next_power_of_2(runs), total)
         return Config({"block_m": max(total // blocks, 1), "blocks": blocks}, warps, 1)
 
+    amd = arch.startswith("gfx")
     if dtype.itemsize == 4:
-        return [of(64, 8), of(32, 8), of(16, 4)]
+        small = amd or arch in ("sm_80", "sm_86", "sm_89")
+        return [of(16, 4), of(16, 8)] if small else [of(64, 8), of(32, 8), of(16, 4)]
+    if amd:
+        return [of(32, 4), of(64, 8), of(16, 4)]
     return [of(64, 4), of(64, 8), of(32, 4), of(16, 4), of(128, 8)]
 
 

@@ -196,6 +196,8 @@ def configs(arch: str, bits: int, m: int) -> list[Config]:
     if statically_known_true(m <= 64):
         rows = next(size for size in (16, 32, 64) if statically_known_true(m <= size))
         every = [of(rows, 64, 128, 4), of(rows, 32, 256, 4)]
+    elif arch in ("sm_80", "sm_86", "sm_89"):  # accumulators and unpacked codes share registers
+        every = [of(64, 64, 128, 8), of(64, 64, 128, 4)]
     elif per == 8:
         every = [of(64, 128, 256, 8), of(64, 64, 256, 4)]
     else:

@@ -63,21 +63,30 @@ def quest_quantize(
 def _verify(
     x: Tensor, bits: int, block: int, clip: float, estimator: str, rotate_back: bool
 ) -> None:
-    def refuse(argument: str, what: str) -> None:
-        raise OpError("quest_quantize", argument, what)
-
     if bits not in ALPHA:
-        refuse("bits", f"is {bits}, not 1 to 8")
+        raise OpError("quest_quantize", "bits", f"is {bits}, not 1 to 8")
+    require_rows("quest_quantize", x)
+    require_rounding("quest_quantize", x, block, clip, estimator)
+
+
+def require_rows(name: str, x: Tensor) -> None:
+    """Refuse, in the name of an op, what has no floating point rows."""
     if x.dim() < 1:
-        refuse("x", "has no axes")
+        raise OpError(name, "x", "has no axes")
     if not x.is_floating_point():
-        refuse("x", f"has dtype {x.dtype}, not floating point")
+        raise OpError(name, "x", f"has dtype {x.dtype}, not floating point")
+
+
+def require_rounding(name: str, x: Tensor, block: int, clip: float, estimator: str) -> None:
+    """Refuse a block that does not divide the rows, and what is no rule for gradients."""
     if block < 1 or block & (block - 1) or x.shape[-1] % block:
-        refuse("hadamard", f"is {block}: not a power of two dividing {x.shape[-1]}")
+        what = f"is {block}: not a power of two dividing {x.shape[-1]}"
+        raise OpError(name, "hadamard", what)
     if estimator not in ESTIMATORS:
-        refuse("estimator", f"is {estimator!r}, not one of {', '.join(ESTIMATORS)}")
+        what = f"is {estimator!r}, not one of {', '.join(ESTIMATORS)}"
+        raise OpError(name, "estimator", what)
     if clip < 0:
-        refuse("clip", f"is {clip}, must be positive")
+        raise OpError(name, "clip", f"is {clip}, must be positive")
 
 
 def _samples() -> Iterator[OpSample]:

@@ -31,7 +31,7 @@ from resplice.kernels.level_sets import (
     step_of,
 )
 from resplice.kernels.pruning import UNITS, fits, kept_units, kept_values
-from resplice.kernels.quest_quantize import ESTIMATORS, Estimator
+from resplice.kernels.quest_quantize import Estimator, require_rounding, require_rows
 from resplice.ops import OpSample, op
 
 aten = torch.ops.aten
@@ -81,20 +81,12 @@ def _verify(
     def refuse(argument: str, what: str) -> None:
         raise OpError("round_to_levels", argument, what)
 
-    if x.dim() < 1:
-        refuse("x", "has no axes")
-    if not x.is_floating_point():
-        refuse("x", f"has dtype {x.dtype}, not floating point")
+    require_rows("round_to_levels", x)
     if levels not in LEVEL_SETS:
         refuse("levels", f"is {levels!r}, not one of {', '.join(LEVEL_SETS)}")
     if unit not in (0, 1, 2) or not fits(int(x.shape[-1]), unit):
         refuse("unit", f"is {unit}: no pattern of rows of {x.shape[-1]}")
-    if block < 1 or block & (block - 1) or x.shape[-1] % block:
-        refuse("hadamard", f"is {block}: not a power of two dividing {x.shape[-1]}")
-    if estimator not in ESTIMATORS:
-        refuse("estimator", f"is {estimator!r}, not one of {', '.join(ESTIMATORS)}")
-    if clip < 0:
-        refuse("clip", f"is {clip}, must be positive")
+    require_rounding("round_to_levels", x, block, clip, estimator)
 
 
 def _samples() -> Iterator[OpSample]:

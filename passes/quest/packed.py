@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, fx
 
 from resplice.build import Builder
-from resplice.compare import sqnr_db
 from resplice.kernels.gaussian_grid import expected_sqnr_db
 from resplice.kernels.hadamard import hadamard
 from resplice.kernels.level_sets import bits_of, encode, expected_mse, step_of
 from resplice.kernels.packing import pack
 from resplice.kernels.pruning import compress, kept_units
 from resplice.kernels.quant_weight import PLACE_BITS, quant_weight
+from resplice.passes.quest.quality import weight_metrics
 
 aten = torch.ops.aten
 _ROWS_AT_ONCE = 1 << 22
@@ -90,17 +90,7 @@ class PackedWeight:
 
     def metrics(self, weight: Tensor) -> dict[str, Any]:
         """What a report says of the site."""
-        quality = sqnr_db(weight.float(), self.dequantize())
-        measured = (
-            {"sqnr_db": quality} if math.isfinite(quality) else {"note": "the weight is zero"}
-        )
-        return {
-            **measured,
-            "theory_db": self.form.expected_db,
-            "bytes_before": weight.nbytes,
-            "bytes_after": self.nbytes,
-            "block": self.block,
-        }
+        return weight_metrics(weight, self, self.form.expected_db)
 
     def emit(self, build: Builder, name: str, kind: torch.dtype, *, back: bool = False) -> fx.Node:
         """The weight as a node of that dtype; `back` in the original basis."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from resplice.change import Change, Site
 from resplice.compare import sqnr_db
 from resplice.context import Batch
-from resplice.kernels.gaussian_grid import expected_error, expected_sqnr_db
+from resplice.kernels.gaussian_grid import expected_error
 from resplice.kernels.quest_quantize import quest_quantize
 from resplice.passes.quest.weights import QuantizedWeight
 from resplice.program import Program
@@ -29,13 +29,25 @@ _MOST_TOKENS = 1024
 _NAMED = 8
 
 
-def weight_metrics(weight: Tensor, quantized: QuantizedWeight) -> dict[str, Any]:
-    """Error and bytes of one weight [N, K]."""
+class _Codes(Protocol):
+    """What stands in the place of a weight."""
+
+    @property
+    def block(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def dequantize(self) -> Tensor: ...
+
+
+def weight_metrics(weight: Tensor, quantized: _Codes, theory_db: float) -> dict[str, Any]:
+    """Error and bytes of one weight [..., N, K], beside the error that theory expects."""
     quality = sqnr_db(weight.float(), quantized.dequantize())
     measured = {"sqnr_db": quality} if math.isfinite(quality) else {"note": "the weight is zero"}
     return {
         **measured,
-        "theory_db": expected_sqnr_db(quantized.bits),
+        "theory_db": theory_db,
         "bytes_before": weight.nbytes,
         "bytes_after": quantized.nbytes,
         "block": quantized.block,

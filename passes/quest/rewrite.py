@@ -237,7 +237,7 @@ class _QuantizeLinear(QuestRule):
         x = flipped(build, found.node("x"), signs)
         turned = weight if signs is None else weight * signs
         if form.plain:
-            metrics = weight_metrics(turned, quantized) | self.errors.of(
+            metrics = weight_metrics(turned, quantized, form.expected_db) | self.errors.of(
                 found.root, found.node("x"), weight, quantized, options.act_bits, quantized.block,
                 signs,
             )  # fmt: skip

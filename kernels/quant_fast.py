@@ -6,7 +6,9 @@ than 2**15 weights stay with the reference, so that there `freeze` is equal bit 
 
 Results differ from the reference by rounding only: a row of floats is held in 24 bits relative to
 its largest value (32 bits where that is more than 16 times the row's root mean square), which adds
-at most 6e-7 of the row's norm, and is then summed exactly. Codes are multiplied exactly.
+at most 6e-7 of the row's norm, and is then summed exactly; halves are held in 16 bits (24 where the
+largest is over 8 times that), which adds less than a tenth of what they lack. Codes are multiplied
+exactly.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from resplice.kernels.cpu import kernels
 
 SMALL = 1 << 15
 """Weights below which a layer keeps the reference's arithmetic."""
-_LONGEST_ROW = 1 << 20
+_LONGEST_ROW = 1 << 16
+"""Codes whose sum of products stays within 32 bits."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _FEW_TOKENS = {1: 32, 2: 24, 3: 16, 4: 16, 8: 6}
 """Tokens up to which a product with packed codes beats unpacking tiles for a dense product."""
@@ -38,13 +41,13 @@ def linear(
     flat, step = _floats(x).reshape(-1, size), _floats(step)
     offset = None if bias is None else _floats(bias)
     y = torch.empty(*x.shape[:-1], rows)
-    if flat.shape[0] > _FEW_TOKENS[bits]:
+    if flat.shape[0] > _FEW_TOKENS[bits] and not library.resplice_dots_bytes():
         failed = _by_tiles(library, flat, codes, step, offset, bits, group, y.view(-1, rows))
     else:
         failed = library.resplice_linear(
-            flat.data_ptr(), flat.shape[0], size, codes.data_ptr(), rows, bits, step.data_ptr(),
-            group, None if offset is None else offset.data_ptr(), y.data_ptr(),
-            torch.get_num_threads(),
+            flat.data_ptr(), flat.shape[0], size, 3 if x.dtype == torch.float32 else 2,
+            codes.data_ptr(), rows, bits, step.data_ptr(), group,
+            None if offset is None else offset.data_ptr(), y.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
     if failed:
         return None

@@ -222,6 +222,7 @@ def calls() -> list[Tensor]:
     return [
         quant_linear(x, codes, step, None, 4, 0), hadamard(x, 128), unit,
         code_linear(a, unit, codes, step, None, 4, 0, 4),
+        quant_linear(x.repeat(20, 1), codes, step, None, 4, 0),
     ]  # fmt: skip
 
 
@@ -253,7 +254,7 @@ def test_a_variable_switches_kernels_off(anew: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("RESPLICE_KERNELS", "off")
     assert kernels() is None
     assert kernels_status() == "plain torch: switched off"
-    assert len(calls()) == 4
+    assert len(calls()) == 5
     assert not anew.exists()
 
 
@@ -261,7 +262,7 @@ def test_without_a_compiler_everything_runs(anew: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(library.shutil, "which", lambda name: None)
     assert kernels() is None
     assert kernels_status().startswith("plain torch: no C compiler")
-    assert len(calls()) == 4
+    assert len(calls()) == 5
 
 
 def test_a_compiler_that_fails_is_named(
@@ -273,7 +274,7 @@ def test_a_compiler_that_fails_is_named(
     monkeypatch.setenv("CC", str(broken))
     assert kernels() is None
     assert "it is broken" in kernels_status()
-    assert len(calls()) == 4
+    assert len(calls()) == 5
 
 
 def test_a_library_that_computes_wrongly_is_not_used(
@@ -327,6 +328,36 @@ def test_processes_may_build_at_the_same_time(tmp_path: Path) -> None:
     assert [process.wait(timeout=300) for process in running] == [0, 0]
     assert list(tmp_path.glob("*.so"))
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".so"]
+
+
+@needs_kernels
+@pytest.mark.parametrize("target", ["x86-64-v3", "x86-64-v2"])
+def test_older_processors(anew: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    features = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    if (target == "x86-64-v3" and " avx2 " not in features) or " sse4_2 " not in features:
+        pytest.skip(f"this processor is no {target}")
+    native = calls()
+    library.forget()
+    monkeypatch.setattr(library, "VARIANTS", ((f"-march={target}", "-fopenmp"),))
+    assert kernels_status() == f"compiled: -march={target} -fopenmp"
+    assert agree(calls(), native)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("outlier", [1.0, 300.0])
+def test_halves_lose_no_more_than_their_rounding(
+    dtype: torch.dtype, tokens: int, outlier: float
+) -> None:
+    for bits in (1, 2, 3, 4, 8):
+        codes, step = weight(72, 1000, bits)
+        x = 0.01 * torch.randn(tokens, 1000)
+        x[:, 7] *= outlier
+        x = x.to(dtype)
+        expected = x.double() @ dequantize(codes, step.double(), bits, 0, 1000).t()
+        rounded = quant_linear(x, codes, step, None, bits, 0).double() - expected
+        assert float(rounded.norm() / expected.norm()) < 0.4 * torch.finfo(dtype).eps
 
 
 @needs_kernels

@@ -25,16 +25,18 @@ from pathlib import Path
 
 from resplice.kernels.cpu.selfcheck import first_fault
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("quest.c", "moe.c"))
+SOURCES = tuple(sorted(Path(__file__).parent.glob("*.c")))
+HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 COMMON = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-math-errno",
-          "-fno-trapping-math", "-w")  # fmt: skip
+          "-fno-trapping-math", "-w", "-Wno-psabi")  # fmt: skip
 VARIANTS = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
 """Flags tried in this order; without OpenMP a kernel runs on one thread."""
 _SECONDS = 120
 _POINTER, _LONG, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_double
 _SIGNATURES = {
-    "resplice_linear": (_POINTER, _LONG, _LONG, _POINTER, _LONG, _INT, _POINTER, _LONG, _POINTER,
-                        _POINTER, _INT),
+    "resplice_linear": (_POINTER, _LONG, _LONG, _INT, _POINTER, _LONG, _INT, _POINTER, _LONG,
+                        _POINTER, _POINTER, _INT),
+    "resplice_dots_bytes": (),
     "resplice_code_linear": (_POINTER, _POINTER, _INT, _LONG, _LONG, _POINTER, _LONG, _INT,
                              _POINTER, _LONG, _POINTER, _POINTER, _INT),
     "resplice_dequantize": (_POINTER, _LONG, _LONG, _INT, _POINTER, _LONG, _POINTER, _INT),
@@ -135,7 +137,7 @@ def _folder() -> Path:
 def _built(folder: Path, compiler: str, flags: tuple[str, ...]) -> tuple[Path | None, str]:
     """A library from the cache, or compiled now; else what the compiler said."""
     key = _digest(
-        *(f.read_bytes() for f in SOURCES),
+        *(f.read_bytes() for f in SOURCES + HEADERS),
         " ".join(flags).encode(),
         _version(compiler),
         _processor(),

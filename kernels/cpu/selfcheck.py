@@ -9,15 +9,15 @@ from torch import Tensor
 
 from resplice.kernels.packing import pack
 
-_ROWS, _TOKENS = 5, 2
+_ROWS = 5
 
 
 def first_fault(library: ctypes.CDLL) -> str:
     """What the library computes wrongly; empty if nothing."""
     generator = torch.Generator().manual_seed(0)
     for bits in (1, 2, 3, 4, 8):
-        for size, group in ((600, 0), (200, 40)):
-            if not _agrees(library, bits, size, group, generator):
+        for tokens, size, group in ((1, 600, 0), (13, 200, 40)):
+            if not _agrees(library, bits, tokens, size, group, generator):
                 return f"the compiled kernel for {bits} bits computes wrongly on this processor"
     x = torch.randn(3, 128, generator=generator)
     turned = torch.empty_like(x)
@@ -47,14 +47,14 @@ def _layer_agrees(library: ctypes.CDLL, generator: torch.Generator) -> bool:
 
 
 def _agrees(
-    library: ctypes.CDLL, bits: int, size: int, group: int, generator: torch.Generator
+    library: ctypes.CDLL, bits: int, tokens: int, size: int, group: int, generator: torch.Generator
 ) -> bool:
     """Integer activations: both products are exact, whatever their order."""
     codes = torch.randint(0, 2**bits, (_ROWS, size), generator=generator)
     packed = pack(codes, bits)
     step = torch.full((_ROWS, -(-size // group) if group else 1), 0.5)
     weight = codes.double() - (2**bits - 1) / 2
-    found = torch.empty(_TOKENS, _ROWS)
+    found = torch.empty(tokens, _ROWS)
 
     def close(x: Tensor, failed: int) -> bool:
         expected = x.double() @ weight.t() / 2
@@ -62,19 +62,19 @@ def _agrees(
             expected.abs().max()
         )
 
-    x = torch.randint(-99, 100, (_TOKENS, size), generator=generator).float()
+    x = torch.randint(-99, 100, (tokens, size), generator=generator).float()
     failed = library.resplice_linear(
-        x.data_ptr(), _TOKENS, size, packed.data_ptr(), _ROWS, bits, step.data_ptr(), group, None,
-        found.data_ptr(), 1,
+        x.data_ptr(), tokens, size, 3, packed.data_ptr(), _ROWS, bits, step.data_ptr(), group,
+        None, found.data_ptr(), 1,
     )  # fmt: skip
     if not close(x, failed):
         return False
     for act_bits in (1, 8):
         half = 2 ** (act_bits - 1)
-        a = torch.randint(-half, half, (_TOKENS, size), generator=generator).to(torch.int8)
-        unit = torch.ones(_TOKENS)
+        a = torch.randint(-half, half, (tokens, size), generator=generator).to(torch.int8)
+        unit = torch.ones(tokens)
         failed = library.resplice_code_linear(
-            a.data_ptr(), unit.data_ptr(), act_bits, _TOKENS, size, packed.data_ptr(), _ROWS, bits,
+            a.data_ptr(), unit.data_ptr(), act_bits, tokens, size, packed.data_ptr(), _ROWS, bits,
             step.data_ptr(), group, None, found.data_ptr(), 1,
         )  # fmt: skip
         if not close(a + 0.5, failed):

@@ -1,0 +1,140 @@
+/* Vectors of bytes, and sums of products of codes (unsigned) and signed bytes.
+
+   Three forms: one instruction where the processor has it (VNNI), two with AVX2, GCC's vector
+   extensions elsewhere. Codes are "wide" where one takes more than four bits: then two products
+   may leave 16 bits, which is where a form without VNNI sums neighbours. */
+
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#define API __attribute__((visibility("default")))
+#define INLINE static inline __attribute__((always_inline))
+#define NOT_FINITE 1
+#define NO_MEMORY 2
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+#define WIDTH 64 /* bytes of a vector */
+#define ROWS 4   /* rows multiplied together: as many sums as registers hold */
+#define VNNI(sum, codes, bytes) _mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, (__m512i)bytes)
+#else
+#define WIDTH 32
+#define ROWS 2
+#if defined(__AVXVNNI__)
+#define VNNI(sum, codes, bytes) \
+    _mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)codes, (__m256i)bytes)
+#elif defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#define VNNI(sum, codes, bytes) _mm256_dpbusd_epi32((__m256i)sum, (__m256i)codes, (__m256i)bytes)
+#endif
+#endif
+#define COLUMNS 4 /* vectors of activations that meet these rows together */
+
+typedef uint8_t u8s __attribute__((vector_size(WIDTH)));
+typedef uint16_t u16s __attribute__((vector_size(WIDTH)));
+typedef int16_t s16s __attribute__((vector_size(WIDTH)));
+typedef int32_t s32s __attribute__((vector_size(WIDTH)));
+
+INLINE long least(long a, long b) { return a < b ? a : b; }
+INLINE long parts_of(long count, long size) { return (count + size - 1) / size; }
+
+INLINE u8s load(const void *from) {
+    u8s value;
+    memcpy(&value, from, WIDTH);
+    return value;
+}
+
+#ifdef VNNI
+
+/* Sums of products of narrow codes, to be widened after LONGEST_RUN additions. */
+typedef s32s narrow_sum;
+#define LONGEST_RUN (1L << 40)
+
+INLINE narrow_sum add_narrow(narrow_sum sum, u8s codes, u8s bytes) {
+    return (narrow_sum)VNNI(sum, codes, bytes);
+}
+
+INLINE s32s add_wide(s32s sum, u8s codes, u8s bytes) { return (s32s)VNNI(sum, codes, bytes); }
+
+INLINE s32s widened(narrow_sum sum) { return sum; }
+
+#else
+
+typedef s16s narrow_sum;
+#define LONGEST_RUN 8 /* two products of at most 15 * 128 each */
+
+/* Neighbours summed; no two products leave 16 bits. */
+INLINE s16s pairs(u8s codes, u8s bytes) {
+#ifdef __AVX2__
+    return (s16s)_mm256_maddubs_epi16((__m256i)codes, (__m256i)bytes);
+#else
+    s16s even = ((s16s)bytes << 8) >> 8, odd = (s16s)bytes >> 8;
+    return (s16s)((u16s)codes & 255) * even + (s16s)((u16s)codes >> 8) * odd;
+#endif
+}
+
+/* Neighbours summed, times a number. */
+INLINE s32s times(s16s value, const int16_t number) {
+#ifdef __AVX2__
+    return (s32s)_mm256_madd_epi16((__m256i)value, _mm256_set1_epi16(number));
+#else
+    return ((((s32s)value << 16) >> 16) + ((s32s)value >> 16)) * number;
+#endif
+}
+
+INLINE narrow_sum add_narrow(narrow_sum sum, u8s codes, u8s bytes) {
+    return sum + pairs(codes, bytes);
+}
+
+INLINE s32s add_wide(s32s sum, u8s codes, u8s bytes) {
+    u8s low = codes & 15, high = (u8s)((u16s)codes >> 4) & 15;
+    return sum + times(pairs(low, bytes), 1) + times(pairs(high, bytes), 16);
+}
+
+INLINE s32s widened(narrow_sum sum) { return times(sum, 1); }
+
+#endif
+
+/* Bits of every byte, counted. */
+#if WIDTH == 64 && defined(__AVX512BITALG__)
+#define COUNT_BITS(bytes) (u8s)_mm512_popcnt_epi8((__m512i)bytes)
+#endif
+
+/* Keeps a sum in its register: GCC would put all products first, and then has no room for them. */
+#ifdef __AVX512BW__
+#define SETTLE(sum) __asm__("" : "+v"(sum))
+#elif defined(__AVX2__)
+#define SETTLE(sum) __asm__("" : "+x"(sum))
+#else
+#define SETTLE(sum)
+#endif
+
+/* Lanes of ROWS sums summed. */
+INLINE void sum_lanes(const s32s sums[ROWS], int32_t to[ROWS]) {
+#if WIDTH == 64
+    __m256i half[ROWS];
+    for (int r = 0; r < ROWS; r++)
+        half[r] = _mm256_add_epi32(_mm512_castsi512_si256((__m512i)sums[r]),
+                                   _mm512_extracti64x4_epi64((__m512i)sums[r], 1));
+    __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(half[0], half[1]),
+                                    _mm256_hadd_epi32(half[2], half[3]));
+    _mm_storeu_si128((__m128i *)to, _mm_add_epi32(_mm256_castsi256_si128(all),
+                                                  _mm256_extracti128_si256(all, 1)));
+#elif defined(__AVX2__)
+    __m256i both = _mm256_hadd_epi32((__m256i)sums[0], (__m256i)sums[1]);
+    both = _mm256_hadd_epi32(both, both);
+    _mm_storel_epi64((__m128i *)to, _mm_add_epi32(_mm256_castsi256_si128(both),
+                                                  _mm256_extracti128_si256(both, 1)));
+#else
+    for (int r = 0; r < ROWS; r++) {
+        to[r] = 0;
+        for (int i = 0; i < WIDTH / 4; i++) to[r] += sums[r][i];
+    }
+#endif
+}

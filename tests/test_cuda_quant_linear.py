@@ -118,7 +118,7 @@ def test_compiled_code(arch: str, bits: int, tmp_path: Path) -> None:
     k, n = 4096, 4096
     codes = meta(n, packed_bytes(k, bits), dtype=torch.uint8)
     cases = [(torch.bfloat16, 0), (torch.bfloat16, 128), (torch.float16, 0), (torch.float32, 128)]
-    for m in (1, 4096):
+    for m in (1, 30, 60, 4096):
         for dtype, group in cases:
             step = meta(n, group_count(k, group), dtype=torch.float32)
             args = [meta(m, k, dtype=dtype), codes, step, meta(n, dtype=dtype), bits, group]

@@ -1,4 +1,4 @@
-"""moe_ffn -> one NonZero, Gather, two MatMuls and ScatterND(add) per expert, or com.microsoft::MoE.
+"""moe_ffn -> rows gathered by expert, two MatMuls per expert, a gathered sum; or com.microsoft::MoE.
 
 Unrolled, an expert reads only the rows that chose it, and its weights are separate constants that
 onnxruntime packs when it loads them. That was the faster one at 1, 16 and 256 tokens on one and two
@@ -16,6 +16,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir import tape
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from resplice.backends.onnx.builder import OnnxBuilder
 from resplice.backends.onnx.composite import DOMAIN, expands
@@ -61,7 +62,7 @@ def lower(
             kind = x.meta["val"].dtype
             start = build(aten.full.default, [rows, width], 0.0, dtype=kind)
             start = start if out_bias is None else build(aten.add.Tensor, start, out_bias)
-        total = layer.unrolled(tokens, choice, start)
+        total = layer.unrolled(tokens, choice, start, active)
     return build.reshape(total, [*build.sizes(x)[:-1], width])
 
 
@@ -75,7 +76,9 @@ class _Layer:
         self.build, self.weight, self.bias, self.out = build, weight, bias, out
         self.activation, self.gated = activation, gated
 
-    def unrolled(self, tokens: fx.Node, choice: Choice, start: fx.Node) -> fx.Node:
+    def unrolled(
+        self, tokens: fx.Node, choice: Choice, start: fx.Node, active: int
+    ) -> fx.Node:
         """One composite node; `_unroll` makes ONNX nodes of it."""
         build, count = self.build, int(self.out.meta["val"].shape[0])
         inputs = [tokens, start, choice.mask]
@@ -86,8 +89,10 @@ class _Layer:
         return build.onnx(
             f"{DOMAIN}::MoeExperts",
             inputs,
-            {"experts": count, "activation": self.activation, "gated": int(self.gated),
-             "biased": int(self.bias is not None), "gates": int(choice.gates is not None)},
+            {"experts": count, "active": active, "activation": self.activation,
+             "gated": int(self.gated), "biased": int(self.bias is not None),
+             "gates": int(choice.gates is not None),
+             "one_token": int(statically_known_true(tokens.meta["val"].shape[0] == 1))},
             sizes=build.sizes(start),
             dtype=start.meta["val"].dtype,
         )  # fmt: skip
@@ -154,31 +159,55 @@ class _Layer:
 
 @expands("MoeExperts")
 def _unroll(made: tape.Tape, node: ir.Node) -> ir.Value:
-    """Start + the results of every expert on the rows that chose it."""
+    """Start + the results of every expert on the rows that chose it.
+
+    Rows are gathered once, sorted by expert, and divided among the experts: at one token what
+    bounds the speed is the number of nodes.
+    """
     settings = {name: attribute.value for name, attribute in node.attributes.items()}
-    count = settings["experts"]
+    count, name = settings["experts"], node.outputs[0].name
     inputs = iter(node.inputs)
-    tokens, total, mask = next(inputs), next(inputs), next(inputs)
+    tokens, start, mask = next(inputs), next(inputs), next(inputs)
     gates = next(inputs) if settings["gates"] else None
     groups = [[next(inputs) for _ in range(count)] for _ in range(2 + settings["biased"])]
-    flat = _constant(made, np.array([-1], dtype=np.int64), f"{node.outputs[0].name}_flat")
-    for number in range(count):
-        column = _constant(made, np.array(number), f"{node.outputs[0].name}_{number}")
-        places = made.op("NonZero", [made.op("Gather", [mask, column], {"axis": 1})])
-        rows = made.op("Reshape", [places, flat])
-        chosen = made.op("Gather", [tokens, rows], {"axis": 0})
-        z = made.op("MatMul", [chosen, groups[0][number]])
+    by_expert = made.op("Transpose", [mask], {"perm": [1, 0]})
+    flags = made.op("Cast", [by_expert], {"to": ir.DataType.INT64})
+    places = made.op("NonZero", [by_expert])
+    rows = made.op("Gather", [places, _constant(made, np.array(1), f"{name}_row")], {"axis": 0})
+    last = _constant(made, np.array([1]), f"{name}_axis")
+    counts = made.op("ReduceSum", [flags, last], {"keepdims": 0})
+    sorted_rows = made.op("Gather", [tokens, rows], {"axis": 0})
+    parts = made.op_multi_out("Split", [sorted_rows, counts], {"axis": 0}, num_outputs=count)
+    results = []
+    for number, part in enumerate(parts):
+        z = made.op("MatMul", [part, groups[0][number]])
         z = made.op("Add", [z, groups[1][number]]) if settings["biased"] else z
         hidden = _hidden(made, z, settings["activation"], bool(settings["gated"]))
-        result = made.op("MatMul", [hidden, groups[-1][number]])
-        if gates is not None:
-            own = made.op("Gather", [made.op("Gather", [gates, column], {"axis": 1}), rows])
-            last = _constant(made, np.array([-1]), f"{node.outputs[0].name}_{number}_last")
-            result = made.op("Mul", [result, made.op("Unsqueeze", [own, last])])
-        index = made.op("Transpose", [places], {"perm": [1, 0]})
-        total = made.op("ScatterND", [total, index, result], {"reduction": "add"})
-    assert total is not None, "start is always given"
-    return total
+        results.append(made.op("MatMul", [hidden, groups[-1][number]]))
+    joined = made.op("Concat", results, {"axis": 0}) if count > 1 else results[0]
+    if gates is not None:
+        turned = made.op("Transpose", [gates], {"perm": [1, 0]})
+        own = made.op("GatherND", [turned, made.op("Transpose", [places], {"perm": [1, 0]})])
+        joined = made.op("Mul", [joined, made.op("Unsqueeze", [own, last])])
+    if settings["one_token"]:
+        first = _constant(made, np.array([0]), f"{name}_first")
+        return made.op("Add", [start, made.op("ReduceSum", [joined, first], {"keepdims": 1})])
+    index = _places_by_token(made, mask, flags, settings["active"], name or "")
+    chosen = made.op("Gather", [joined, index], {"axis": 0})
+    return made.op("Add", [start, made.op("ReduceSum", [chosen, last], {"keepdims": 0})])
+
+
+def _places_by_token(
+    made: tape.Tape, mask: ir.Value, flags: ir.Value, active: int, name: str
+) -> ir.Value:
+    """Where the results of every token lie [T, A] in an order by expert; `flags` is [R, T]."""
+    flat = _constant(made, np.array([-1]), f"{name}_flat")
+    zero, one = (_constant(made, np.array(n), f"{name}_{n}") for n in (0, 1))
+    number = made.op("CumSum", [made.op("Reshape", [flags, flat]), zero])
+    place = made.op("Reshape", [made.op("Sub", [number, one]), made.op("Shape", [flags])])
+    chosen = made.op("Transpose", [made.op("NonZero", [mask])], {"perm": [1, 0]})
+    own = made.op("GatherND", [made.op("Transpose", [place], {"perm": [1, 0]}), chosen])
+    return made.op("Reshape", [own, _constant(made, np.array([-1, active]), f"{name}_places")])
 
 
 def _constant(made: tape.Tape, value: np.ndarray[Any, Any], name: str) -> ir.Value:

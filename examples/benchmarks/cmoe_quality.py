@@ -63,12 +63,12 @@ def batch_of(ids: Tensor) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def windows(ids: Tensor, count: int, seed: int) -> Iterator[Tensor]:
-    """Windows [1, WINDOW] at random offsets."""
+def windows(ids: Tensor, count: int, seed: int, size: int = WINDOW) -> Iterator[Tensor]:
+    """Windows [1, size] at random offsets."""
     draw = random.Random(seed)
     for _ in range(count):
-        start = draw.randrange(len(ids) - WINDOW)
-        yield ids[start : start + WINDOW].unsqueeze(0)
+        start = draw.randrange(len(ids) - size)
+        yield ids[start : start + size].unsqueeze(0)
 
 
 def loss_of(program: Program, batches: list[Tensor]) -> float:
@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8 * WINDOW, help="tokens profiled")
     parser.add_argument("--k-act", type=int, default=10)
     parser.add_argument("--steps", type=int, default=200, help="0 leaves recovery out")
+    parser.add_argument("--step-tokens", type=int, default=2 * WINDOW, help="trained in a step")
     parser.add_argument("--rate", type=float, default=5.95e-5)
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
     parser.add_argument("--routers", nargs="+", default=list(ROUTERS), choices=list(ROUTERS))
@@ -167,7 +168,8 @@ class _Runs:
     def recovered(self, known: Tensor) -> None:
         """Adapters on the model at 50 %, and on the dense-equivalent one for comparison."""
         spec = f"cmoe{{layout=S2A2E8 router=ridge k-act={self.options.k_act}}}"
-        batches = [batch_of(ids) for ids in windows(known, self.options.steps, seed=2)]
+        drawn = windows(known, self.options.steps, 2, self.options.step_tokens)
+        batches = [batch_of(ids) for ids in drawn]
         carved, _, _ = self.carve(spec)
         before = loss_of(carved, self.scored)
         seconds = self._train(carved, batches, "S2A2E8")

@@ -144,6 +144,8 @@ def quant_linear_parts(
 def configs(arch: str, dtype: torch.dtype, bits: int, m: int) -> list[Config]:
     """Configurations of `quant_linear_tiles`, the default first.
 
+    The defaults spill no register on any target that `tests/test_cuda_quant_linear.py` compiles for.
+
     Args:
         arch: "sm_90", "gfx942" ...
         dtype: Of the activations.
@@ -164,16 +166,25 @@ def configs(arch: str, dtype: torch.dtype, bits: int, m: int) -> list[Config]:
         words = max(16, block_k // per)
         return Config({"block_m": block_m, "block_n": block_n, "words": words}, warps, stages)
 
-    if narrow:
-        rows = next(size for size in (16, 32, 64) if statically_known_true(m <= size))
-        long = (256 if per > 2 else 128) // (1 + wide)
-        every = [of(rows, 64, long, 4), of(rows, 32, long, 4), of(rows, 64, 64, 4)]
+    if wide and per == 8 and arch.startswith("sm_"):  # three products of slices fill registers
+        every = [of(16, 128 if arch == "sm_100" else 32, 128, 8)]
     elif wide:
-        every = [of(64, 64, 32, 4), of(64, 64, 64, 4)]
+        rows, warps = (16, 4) if statically_known_true(m <= 16) else (32, 8)
+        every = [of(rows, 64, 64, warps), of(rows, 32, 64, warps)]
+    elif statically_known_true(m <= 16):
+        long = 256 if per > 2 and bits != 3 else 128
+        every = [of(16, 64, long, 4), of(16, 32, long, 4), of(16, 64, 64, 4)]
+    elif narrow:
+        rows = 32 if statically_known_true(m <= 32) else 64
+        warps = 8 if bits == 3 or (rows == 32 and bits > 1) else 4
+        every = [of(rows, 64, 64, warps), of(rows, 128, 64, 8)]
+    elif bits == 3:
+        every = [of(64, 64, 128, 8)]
     elif per == 8:
         every = [of(64, 128, 128, 8), of(64, 64, 128, 4)]
     else:
-        every = [of(128, 128, 64, 8), of(64, 128, 64, 4), of(128, 64, 64, 4), of(128, 256, 64, 8)]
+        long = 64 if arch in ("sm_90", "sm_100") else 32
+        every = [of(128, 128, long, 8), of(64, 128, 64, 4), of(128, 64, 64, 4)]
     return fitting(every, arch, loaded)
 
 

@@ -222,7 +222,7 @@ def tile_attention_key_gradient(
 # ---- the host ----------------------------------------------------------------------------
 
 _QUERY = {
-    "sm_80": [(64, 32, 4, 1)],
+    "sm_80": [(64, 32, 4, 1), (64, 32, 8, 1)],
     "sm_90": [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)],
     "sm_100": [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)],
     "gfx942": [(64, 32, 4, 1)],
@@ -284,9 +284,9 @@ def gradients(
     precision = precision_of(q.dtype, arch)
     delta = logsum.new_empty(batch, heads, tokens)
     launch(
-        tile_attention_delta, (triton.cdiv(tokens, 64), batch * heads),
+        tile_attention_delta, (triton.cdiv(tokens, 16), batch * heads),
         out=out, grad=grad, delta=delta, **problem.strides(out=out, grad=grad),
-        heads=heads, tokens=tokens, dv=dv, width_v=width_of(dv), wide=wide, block_m=64,
+        heads=heads, tokens=tokens, dv=dv, width_v=width_of(dv), wide=wide, block_m=16,
         num_warps=4, num_stages=1,
     )  # fmt: skip
     common: dict[str, Any] = {

@@ -160,15 +160,16 @@ def fitting(
         blocks: "mn" if a program owns `block_m` tokens, "nm" if it owns `block_n`.
     """
     if dtype == torch.float32:  # three products of parts each: larger blocks spill
-        return [Config({"block_m": m, "block_n": 16}, 4, 1) for m in (16, 32)]
+        return [Config({"block_m": m, "block_n": 16}, 4, 2) for m in (16, 32)]
     lanes = 64 if arch.startswith("gfx") else 32
+    most = 80 if arch == "sm_80" else 192  # its products take operands from registers, too
     kept = own if arch.startswith("sm") else 0
 
     def fits(m: int, n: int, warps: int, stages: int) -> bool:
         mine, other = (m, n) if blocks == "mn" else (n, m)
         shared = dtype.itemsize * (mine * kept + max(1, stages) * other * seen)
         registers = mine * (held + other) / (lanes * warps)
-        return shared <= shared_limit(arch) and registers <= 192
+        return shared <= shared_limit(arch) and registers <= most
 
     listed = candidates.get(arch, candidates["sm_80"])
     good = [sizes for sizes in listed if fits(*sizes)] or [(16, 16, 4, 1)]

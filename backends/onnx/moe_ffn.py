@@ -1,4 +1,4 @@
-"""moe_ffn -> rows gathered by expert, two MatMuls per expert, a gathered sum; or com.microsoft::MoE.
+"""moe_ffn -> rows sorted by expert, two MatMuls per expert, a gathered sum; or com.microsoft::MoE.
 
 Unrolled, an expert reads only the rows that chose it, and its weights are separate constants that
 onnxruntime packs when it loads them. That was the faster one at 1, 16 and 256 tokens on one and two

@@ -76,9 +76,7 @@ class _Layer:
         self.build, self.weight, self.bias, self.out = build, weight, bias, out
         self.activation, self.gated = activation, gated
 
-    def unrolled(
-        self, tokens: fx.Node, choice: Choice, start: fx.Node, active: int
-    ) -> fx.Node:
+    def unrolled(self, tokens: fx.Node, choice: Choice, start: fx.Node, active: int) -> fx.Node:
         """One composite node; `_unroll` makes ONNX nodes of it."""
         build, count = self.build, int(self.out.meta["val"].shape[0])
         inputs = [tokens, start, choice.mask]

@@ -16,7 +16,8 @@ from resplice.cost import Cost
 from resplice.errors import OpError
 from resplice.kernels import quant_fast
 from resplice.kernels.gaussian_grid import ALPHA, TINY, grid_step, to_codes
-from resplice.kernels.hadamard import hadamard, transform_by_product
+from resplice.kernels.grid_lowering import emit_cast, emit_number, emit_rms, emit_step, emit_turned
+from resplice.kernels.hadamard import hadamard
 from resplice.ops import OpSample, op
 
 aten = torch.ops.aten
@@ -102,17 +103,9 @@ def quest_codes(x: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
 @quest_codes.lower("onnx")
 def _by_arithmetic(build: Any, x: Any, bits: int, block: int) -> fx.Node:
     """The same arithmetic; the last step is a cast, behind which `code_linear` finds floats."""
-    half = 2 ** (bits - 1)
-    kind = x.meta["val"].dtype
-    wide = x if kind == torch.float32 else build(aten._to_copy.default, x, dtype=torch.float32)
-    values = wide if block == 1 else transform_by_product(build, wide, block)
-    power = build(aten.mean.dim, build(aten.mul.Tensor, values, values), [-1], True)
-    scale = build(aten.mul.Tensor, build(aten.sqrt.default, power), ALPHA[bits])
-    step = build(aten.mul.Tensor, build(aten.add.Tensor, scale, TINY), 2 / (2 * half - 1))
-    level = build(
-        aten.round.default, build(aten.add.Tensor, build(aten.div.Tensor, values, step), 0.5)
-    )
-    codes = build(aten.sub.Tensor, build(aten.clamp.default, level, 1 - half, half), 1)
+    values = emit_turned(build, emit_cast(build, x, torch.float32), block)
+    step = emit_step(build, emit_rms(build, values), bits)
+    codes = build(aten.sub.Tensor, emit_number(build, values, step, bits), 1)
     found: fx.Node = build.several((build(aten._to_copy.default, codes, dtype=torch.int8), step))
     return found
 

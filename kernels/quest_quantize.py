@@ -16,8 +16,9 @@ from torch import Tensor
 
 from resplice.cost import Cost
 from resplice.errors import OpError
-from resplice.kernels.gaussian_grid import ALPHA, TINY, grid_step, root_mean_square, to_grid
-from resplice.kernels.hadamard import hadamard, largest_block, transform_by_product
+from resplice.kernels.gaussian_grid import ALPHA, grid_step, root_mean_square, to_grid
+from resplice.kernels.grid_lowering import emit_cast, emit_level, emit_rms, emit_step, emit_turned
+from resplice.kernels.hadamard import hadamard, largest_block
 from resplice.ops import OpSample, op
 
 aten = torch.ops.aten
@@ -190,20 +191,7 @@ def _by_arithmetic(
     build: Any, x: Any, bits: int, block: int, clip: float, estimator: str, rotate_back: bool
 ) -> Any:
     """The same arithmetic in float32, around the transform's own lowering."""
-    kind, half = x.meta["val"].dtype, 2 ** (bits - 1)
-
-    def turn(value: Any) -> Any:
-        return value if block == 1 else transform_by_product(build, value, block)
-
-    wide = x if kind == torch.float32 else build(aten._to_copy.default, x, dtype=torch.float32)
-    values = turn(wide)
-    power = build(aten.mean.dim, build(aten.mul.Tensor, values, values), [-1], True)
-    scale = build(aten.mul.Tensor, build(aten.sqrt.default, power), ALPHA[bits])
-    step = build(aten.mul.Tensor, build(aten.add.Tensor, scale, TINY), 2 / (2 * half - 1))
-    codes = build(
-        aten.round.default, build(aten.add.Tensor, build(aten.div.Tensor, values, step), 0.5)
-    )
-    level = build(aten.sub.Tensor, build(aten.clamp.default, codes, 1 - half, half), 0.5)
-    found = build(aten.mul.Tensor, level, step)
-    found = turn(found) if rotate_back else found
-    return found if kind == torch.float32 else build(aten._to_copy.default, found, dtype=kind)
+    values = emit_turned(build, emit_cast(build, x, torch.float32), block)
+    found = emit_level(build, values, emit_step(build, emit_rms(build, values), bits), bits)
+    found = emit_turned(build, found, block) if rotate_back else found
+    return emit_cast(build, found, x.meta["val"].dtype)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from resplice.cost import Cost
 from resplice.errors import OpError
-from resplice.kernels.gaussian_grid import ALPHA, TINY, root_mean_square
-from resplice.kernels.hadamard import hadamard, largest_block, transform_by_product
+from resplice.kernels.gaussian_grid import TINY, root_mean_square
+from resplice.kernels.grid_lowering import emit_cast, emit_level, emit_rms, emit_step, emit_turned
+from resplice.kernels.hadamard import hadamard, largest_block
 from resplice.kernels.level_sets import (
     FP4,
     FP4_SCALE,
@@ -183,41 +184,26 @@ def _by_arithmetic(
     rotate_back: bool,
 ) -> Any:  # fmt: skip
     """The same arithmetic in float32, around the transform's own lowering."""
-    kind = x.meta["val"].dtype
-
-    def turn(value: Any) -> Any:
-        return value if block == 1 else transform_by_product(build, value, block)
-
-    values = turn(_cast(build, x, torch.float32))
-    power = build(aten.mean.dim, build(aten.mul.Tensor, values, values), [-1], True)
-    rms = build(aten.sqrt.default, power)
-    find = _fp4_level if levels == "fp4" else _grid_level
-    found = find(build, values, rms, bits_of(levels))
+    values = emit_turned(build, emit_cast(build, x, torch.float32), block)
+    rms = emit_rms(build, values)
+    if levels == "fp4":
+        found = _fp4_level(build, values, rms)
+    else:
+        bits = bits_of(levels)
+        found = emit_level(build, values, emit_step(build, rms, bits), bits)
     if unit:
         found = build(aten.mul.Tensor, found, _emit_kept(build, values, unit))
-    return _cast(build, turn(found) if rotate_back else found, kind)
+    found = emit_turned(build, found, block) if rotate_back else found
+    return emit_cast(build, found, x.meta["val"].dtype)
 
 
-def _cast(build: Any, x: Any, kind: torch.dtype) -> Any:
-    return x if x.meta["val"].dtype == kind else build(aten._to_copy.default, x, dtype=kind)
-
-
-def _grid_level(build: Any, values: Any, rms: Any, bits: int) -> Any:
-    half = 2 ** (bits - 1)
-    scale = build(aten.add.Tensor, build(aten.mul.Tensor, rms, ALPHA[bits]), TINY)
-    step = build(aten.mul.Tensor, scale, 2 / (2 * half - 1))
-    code = build(aten.add.Tensor, build(aten.div.Tensor, values, step), 0.5)
-    code = build(aten.clamp.default, build(aten.round.default, code), 1 - half, half)
-    return build(aten.mul.Tensor, build(aten.sub.Tensor, code, 0.5), step)
-
-
-def _fp4_level(build: Any, values: Any, rms: Any, bits: int) -> Any:
+def _fp4_level(build: Any, values: Any, rms: Any) -> Any:
     """The magnitude as a sum of the gaps below it."""
     step = build(aten.add.Tensor, build(aten.mul.Tensor, rms, FP4_SCALE), TINY)
     ratio = build(aten.div.Tensor, values, step)
     size, total = build(aten.abs.default, ratio), None
     for low, high in pairwise(FP4):
-        above = _cast(build, build(aten.gt.Scalar, size, (low + high) / 2), torch.float32)
+        above = emit_cast(build, build(aten.gt.Scalar, size, (low + high) / 2), torch.float32)
         part = build(aten.mul.Tensor, above, high - low)
         total = part if total is None else build(aten.add.Tensor, total, part)
     level = build(aten.mul.Tensor, total, build(aten.sign.default, ratio))
@@ -234,7 +220,7 @@ def _emit_kept(build: Any, values: Any, unit: int) -> Any:
     first = build.constant("quest.first_of_4", torch.ones(4, 4, dtype=torch.bool).tril(-1))
     tied = build(aten.logical_and.default, build(aten.eq.Tensor, other, own), first)
     ahead = build(aten.logical_or.default, build(aten.gt.Tensor, other, own), tied)
-    number = build(aten.sum.dim_IntList, _cast(build, ahead, torch.float32), [-1])
-    kept = _cast(build, build(aten.lt.Scalar, number, 1.5), torch.float32)
+    number = build(aten.sum.dim_IntList, emit_cast(build, ahead, torch.float32), [-1])
+    kept = emit_cast(build, build(aten.lt.Scalar, number, 1.5), torch.float32)
     wide = build(aten.expand.default, build(aten.unsqueeze.default, kept, -1), [*groups, unit])
     return build.reshape(wide, sizes)

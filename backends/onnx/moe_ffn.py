@@ -168,6 +168,7 @@ def _unroll(made: tape.Tape, node: ir.Node) -> ir.Value:
     tokens, start, mask = next(inputs), next(inputs), next(inputs)
     gates = next(inputs) if settings["gates"] else None
     groups = [[next(inputs) for _ in range(count)] for _ in range(2 + settings["biased"])]
+    assert mask is not None, "experts are always chosen"
     by_expert = made.op("Transpose", [mask], {"perm": [1, 0]})
     flags = made.op("Cast", [by_expert], {"to": ir.DataType.INT64})
     places = made.op("NonZero", [by_expert])

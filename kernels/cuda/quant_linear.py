@@ -169,7 +169,7 @@ def configs(arch: str, dtype: torch.dtype, bits: int, m: int) -> list[Config]:
     if wide and per == 8 and arch.startswith("sm_"):  # three products of slices fill registers
         every = [of(16, 128 if arch == "sm_100" else 32, 128, 8)]
     elif wide:
-        rows, warps = (16, 4) if statically_known_true(m <= 16) else (32, 8)
+        rows, warps = (16, 4) if bits == 8 or statically_known_true(m <= 16) else (32, 8)
         every = [of(rows, 64, 64, warps), of(rows, 32, 64, warps)]
     elif statically_known_true(m <= 16):
         long = 256 if per > 2 and bits != 3 else 128

@@ -203,7 +203,8 @@ def _places_by_token(
     flat = _constant(made, np.array([-1]), f"{name}_flat")
     zero, one = (_constant(made, np.array(n), f"{name}_{n}") for n in (0, 1))
     number = made.op("CumSum", [made.op("Reshape", [flags, flat]), zero])
-    place = made.op("Reshape", [made.op("Sub", [number, one]), made.op("Shape", [flags])])
+    sizes = made.op("Shape", [flags])  # there may be no token
+    place = made.op("Reshape", [made.op("Sub", [number, one]), sizes], {"allowzero": 1})
     chosen = made.op("Transpose", [made.op("NonZero", [mask])], {"perm": [1, 0]})
     own = made.op("GatherND", [made.op("Transpose", [place], {"perm": [1, 0]}), chosen])
     return made.op("Reshape", [own, _constant(made, np.array([-1, active]), f"{name}_places")])

@@ -76,6 +76,7 @@ def _samples() -> Iterator[OpSample]:
     fast=_fast,
     samples=_samples,
     autocast=(),
+    rounds=True,
 )
 def quest_codes(x: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
     """Rotate, scale and quantise the rows of `x`.

@@ -131,6 +131,7 @@ def _in_place(
     fast=_in_place,
     samples=_samples,
     autocast=(),
+    rounds=True,
 )
 def rounded(
     x: Tensor, bits: int, block: int, clip: float, estimator: str, rotate_back: bool

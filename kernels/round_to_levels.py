@@ -126,6 +126,8 @@ def _cost(
     cost=_cost,
     fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
     samples=_samples,
+    autocast=(),
+    rounds=True,
 )
 def round_to_levels(
     x: Tensor, levels: str, unit: int, block: int, clip: float, estimator: str, rotate_back: bool

@@ -22,6 +22,7 @@ import torch
 from resplice.compare import Difference, keep_worst
 from resplice.errors import NumericsError, ResourceError
 from resplice.program import Program
+from resplice.sensitivity import past_bar
 
 
 @dataclass
@@ -67,13 +68,11 @@ class Artifact(ABC):
         found: dict[str, Difference] = {}
         for case in cases:
             keep_worst(found, program.run_fresh(case), self.run(case, function=function))
-        for name, measured in found.items():
-            if not (measured.finite and self.error_of(measured) <= self.bar):
-                raise NumericsError(
-                    f"{self.path.name}: output {name} differs from the program",
-                    measured=self.error_of(measured), bar=self.bar,
-                    hint=self.hint,
-                )  # fmt: skip
+        for name, error, bar in past_bar(found, self.bar, self.error_of, program, cases):
+            raise NumericsError(
+                f"{self.path.name}: output {name} differs from the program",
+                measured=error, bar=bar, hint=self.hint,
+            )  # fmt: skip
         return found
 
 

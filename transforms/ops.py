@@ -58,6 +58,7 @@ class Op:
         autocast: Under `torch.autocast`, the arguments (by name) that are cast to its dtype first,
             as torch does for its products; the op itself computes in the dtypes it is given. None:
             autocast reaches into the reference.
+        rounds: Whether it maps its first argument to levels, so that a last bit decides.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Op:
     samples: Callable[[], Iterator[OpSample]] | None = None
     lowerings: dict[str, Callable[..., Any] | str] = field(default_factory=dict)
     autocast: tuple[str, ...] | None = None
+    rounds: bool = False
     __doc__: str | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -110,6 +112,7 @@ def op(
     parameters: Callable[..., int] | None = None,
     samples: Callable[[], Iterator[OpSample]] | None = None,
     autocast: tuple[str, ...] | None = None,
+    rounds: bool = False,
 ) -> Callable[[Callable[..., Any]], Op]:
     """Register an op: its schema, reference and the rest of its declaration.
 
@@ -122,13 +125,14 @@ def op(
         parameters: Model parameters its packed constants stand for, less their own float entries.
         samples: Sample calls for the generated tests.
         autocast: Arguments that autocast casts, by name; see `Op`.
+        rounds: See `Op`.
     """
 
     def declare(reference: Callable[..., Any]) -> Op:
         name = schema.partition("(")[0]
         found = Op(
             name, schema, reference, verify, cost, fast, parameters, samples,
-            autocast=autocast, __doc__=reference.__doc__,
+            autocast=autocast, rounds=rounds, __doc__=reference.__doc__,
         )  # fmt: skip
         _register(found, fake or reference)
         if autocast is not None:

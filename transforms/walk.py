@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,8 +14,12 @@ from resplice.program import Program
 aten = torch.ops.aten
 
 
+Change = Callable[[fx.Node, tuple[Any, ...]], tuple[Any, ...]]
+"""What to call a node with, of what it would be called with."""
+
+
 def node_values(
-    program: Program, inputs: Mapping[str, torch.Tensor]
+    program: Program, inputs: Mapping[str, torch.Tensor], change: Change | None = None
 ) -> Iterator[tuple[fx.Node, Any]]:
     """Every node with its value, in order; the output node comes with the tuple of outputs.
 
@@ -24,6 +28,7 @@ def node_values(
     Args:
         program: What to execute; its state stays as it is.
         inputs: Flat, named.
+        change: Replaces positional arguments.
     """
     env: dict[fx.Node, Any] = {}
     last = _last_uses(program.graph)
@@ -32,21 +37,23 @@ def node_values(
             yield node, tuple(env[n] for n in program.output_nodes)
             return
         with torch.no_grad():
-            env[node] = run_node(program, node, env, inputs)
+            env[node] = run_node(program, node, env, inputs, change)
         yield node, env[node]
         for dead in last.get(node, ()):
             env.pop(dead, None)
 
 
 def run_node(
-    program: Program, node: fx.Node, env: Mapping[fx.Node, Any], inputs: Mapping[str, torch.Tensor]
-) -> Any:
+    program: Program, node: fx.Node, env: Mapping[fx.Node, Any],
+    inputs: Mapping[str, torch.Tensor], change: Change | None = None,
+) -> Any:  # fmt: skip
     """Execute one node on real values; inputs that the graph writes are cloned."""
     if node.op == "placeholder":
         return inputs[node.name].clone()
     if node.op == "get_attr":
         return program.weight(node)
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
+    args = change(node, args) if change else args
     if node.target is aten.copy_.default:
         return args[0]  # comparisons do not advance the model's state
     assert callable(node.target), node

@@ -24,6 +24,7 @@ from resplice.compare import Difference, keep_worst
 from resplice.errors import InputError, NumericsError
 from resplice.marks import check_marks
 from resplice.program import Program
+from resplice.sensitivity import past_bar
 
 FP32_BAR, FP16_BAR = 2e-5, 5e-3
 _STEPS = 3
@@ -133,15 +134,14 @@ class CoremlArtifact(Artifact):
         if state is not None:
             fill(reference, state)
             self._compare(found, reference, cases[0], function, state)
-        for name, measured in found.items():
-            if not measured.within(self.bar):
-                raise NumericsError(
-                    f"{self.path.name}: output {name} differs from the program",
-                    measured=measured.relative, bar=self.bar,
-                    where=first_divergence(self, program, cases[0], function=function),
-                    hint="precision fp32 tells rounding from a wrong translation; "
-                    "`resplice bisect` tries the passes",
-                )  # fmt: skip
+        for name, error, bar in past_bar(found, self.bar, self.error_of, program, cases):
+            raise NumericsError(
+                f"{self.path.name}: output {name} differs from the program",
+                measured=error, bar=bar,
+                where=first_divergence(self, program, cases[0], function=function),
+                hint="precision fp32 tells rounding from a wrong translation; "
+                "`resplice bisect` tries the passes",
+            )  # fmt: skip
         return found
 
     def _compare(

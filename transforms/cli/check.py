@@ -26,6 +26,7 @@ from resplice.compare import EXACT_BARS, Difference, keep_worst
 from resplice.errors import NumericsError, UsageError
 from resplice.program import Program
 from resplice.registry import load
+from resplice.sensitivity import past_bar
 
 _RELATIVE: Callable[[Difference], float] = attrgetter("relative")
 Run = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -86,14 +87,12 @@ def check(
         as_json=json,
     )
     loosest = max((a, b), key=lambda side: side.bar)
-    limit, error_of = (loosest.bar, loosest.error_of) if bar is None else (bar, _RELATIVE)
-    for name, measured in found.items():
-        if not (measured.finite and error_of(measured) <= limit):
-            first = next((r for r in _values(a, b, cases[0], function)
-                          if not r.difference.within(limit)), "")  # fmt: skip
-            raise NumericsError(
-                f"output {name} differs", measured=error_of(measured), bar=limit, where=str(first)
-            )
+    most, error_of = (loosest.bar, loosest.error_of) if bar is None else (bar, _RELATIVE)
+    program = a.program or b.program if bar is None else None
+    for name, error, limit in past_bar(found, most, error_of, program, cases):
+        first = next((row for row in _values(a, b, cases[0], function)
+                      if not row.difference.within(limit)), "")  # fmt: skip
+        raise NumericsError(f"output {name} differs", measured=error, bar=limit, where=str(first))
 
 
 def _open(text: str, function: str, mode: str, allow_pickle: bool) -> Side:

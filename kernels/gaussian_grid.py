@@ -32,10 +32,24 @@ TINY = 1e-8
 """Added to the clip bound, so that a row of zeros has a step."""
 
 
-def grid_step(values: Tensor, bits: int) -> Tensor:
-    """Distance between levels, one per group (the last axis), in float32: shape [..., 1]."""
+OUTLIER = 1.25
+"""Where grids are widened: past this multiple of the clip, which Gaussian values hardly reach."""
+
+
+def grid_step(values: Tensor, bits: int, widen: bool = False) -> Tensor:
+    """Distance between levels, one per group (the last axis), in float32: shape [..., 1].
+
+    Args:
+        values: [..., K].
+        bits: 1 to 8.
+        widen: Whether the outermost level of a group with outliers is its largest value.
+    """
     intervals: int = 2**bits - 1
-    return 2 * (ALPHA[bits] * root_mean_square(values) + TINY) / intervals
+    step = 2 * (ALPHA[bits] * root_mean_square(values) + TINY) / intervals
+    if not widen:
+        return step
+    reach = values.abs().amax(-1, keepdim=True).to(step.dtype) * (2 / intervals)
+    return torch.where(reach > OUTLIER * step, reach, step)
 
 
 def root_mean_square(values: Tensor) -> Tensor:

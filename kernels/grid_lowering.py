@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from resplice.kernels.gaussian_grid import ALPHA, TINY
+from resplice.kernels.gaussian_grid import ALPHA, OUTLIER, TINY
 from resplice.kernels.hadamard import transform_by_product
 
 aten = torch.ops.aten
@@ -28,10 +28,17 @@ def emit_rms(build: Any, values: Any) -> Any:
     return build(aten.sqrt.default, power)
 
 
-def emit_step(build: Any, rms: Any, bits: int) -> Any:
+def emit_step(build: Any, values: Any, bits: int, widen: bool = False) -> Any:
     """Distance between levels; see `grid_step`."""
-    bound = build(aten.add.Tensor, build(aten.mul.Tensor, rms, ALPHA[bits]), TINY)
-    return build(aten.mul.Tensor, bound, 2 / (2**bits - 1))
+    intervals = 2**bits - 1
+    bound = build(aten.mul.Tensor, emit_rms(build, values), ALPHA[bits])
+    step = build(aten.mul.Tensor, build(aten.add.Tensor, bound, TINY), 2 / intervals)
+    if not widen:
+        return step
+    largest = build(aten.amax.default, build(aten.abs.default, values), [-1], True)
+    reach = build(aten.mul.Tensor, largest, 2 / intervals)
+    far = build(aten.gt.Tensor, reach, build(aten.mul.Tensor, step, OUTLIER))
+    return build(aten.where.self, far, reach, step)
 
 
 def emit_number(build: Any, values: Any, step: Any, bits: int) -> Any:

@@ -93,7 +93,7 @@ def hadamard(x: Tensor, block: int) -> Tensor | None:
 
 
 def quest_codes(
-    x: Tensor, bits: int, block: int, alpha: float, tiny: float
+    x: Tensor, bits: int, block: int, alpha: float, tiny: float, outlier: float
 ) -> tuple[Tensor, Tensor] | None:
     """`quest_codes` in one pass over `x`, or None."""
     if x.dtype not in _FLOATS or x.device.type != "cpu" or not x.numel():
@@ -106,8 +106,8 @@ def quest_codes(
     step = torch.empty(*x.shape[:-1], 1)
     threads = torch.get_num_threads() if x.numel() > SMALL else 1
     failed = library.resplice_quest_codes(
-        flat.data_ptr(), step.numel(), size, bits, block, alpha, tiny, codes.data_ptr(),
-        step.data_ptr(), threads,
+        flat.data_ptr(), step.numel(), size, bits, block, alpha, tiny, outlier,
+        codes.data_ptr(), step.data_ptr(), threads,
     )  # fmt: skip
     return None if failed else (codes, step)
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from resplice.cost import Cost
 from resplice.errors import OpError
-from resplice.kernels.gaussian_grid import ALPHA, grid_step, root_mean_square, to_grid
-from resplice.kernels.grid_lowering import emit_cast, emit_level, emit_rms, emit_step, emit_turned
+from resplice.kernels.gaussian_grid import ALPHA, OUTLIER, grid_step, root_mean_square, to_grid
+from resplice.kernels.grid_lowering import emit_cast, emit_level, emit_step, emit_turned
 from resplice.kernels.hadamard import hadamard, largest_block
 from resplice.ops import OpSample, op
 
@@ -34,6 +34,7 @@ def quest_quantize(
     clip: float | None = None,
     estimator: Estimator = "trust",
     rotate_back: bool = True,
+    widen: bool = False,
 ) -> Tensor:
     """Round every row of `x` to QuEST's grid; differentiable.
 
@@ -48,6 +49,8 @@ def quest_quantize(
         estimator: "trust", "clip", or "ste" (all gradients pass).
         rotate_back: Return to the basis of `x`; False leaves the result in the Hadamard domain,
             for products whose other operand is rotated too.
+        widen: Whether the grid of a row with outliers, past 1.25 times the clip, is widened to its
+            largest value, and passes all its gradients; the paper clips.
 
     Returns:
         Same shape and dtype as `x`; computed in float32 (float64 stays).
@@ -57,13 +60,14 @@ def quest_quantize(
     """
     size = int(x.shape[-1]) if x.dim() else 1
     block = {"auto": largest_block(size), "off": 1}.get(str(hadamard), hadamard)
-    found: Tensor = rounded(x, bits, block, clip or 0.0, estimator, rotate_back)
+    found: Tensor = rounded(x, bits, block, clip or 0.0, estimator, rotate_back, widen)
     return found
 
 
 def _verify(
-    x: Tensor, bits: int, block: int, clip: float, estimator: str, rotate_back: bool
-) -> None:
+    x: Tensor, bits: int, block: int, clip: float, estimator: str, rotate_back: bool,
+    widen: bool = False,
+) -> None:  # fmt: skip
     if bits not in ALPHA:
         raise OpError("quest_quantize", "bits", f"is {bits}, not 1 to 8")
     require_rows("quest_quantize", x)
@@ -98,6 +102,9 @@ def _samples() -> Iterator[OpSample]:
     yield OpSample("plain", (torch.randn(4, 30), 1, 1, 1.25, "clip", True))
     yield OpSample("float64", (torch.randn(4, 16, dtype=torch.float64), 2, 16, 0.0, "ste", True))
     yield OpSample("zeros", (torch.zeros(2, 16), 4, 16, 0.0, "trust", True))
+    outliers = torch.randn(4, 96)
+    outliers[1:3, 7] = 200
+    yield OpSample("outliers", (outliers, 8, 32, 0.0, "trust", True, True))
     x = torch.randn(2, 24)
     yield OpSample("no bits", (x, 0, 8, 0.0, "trust", True), refused="not 1 to 8")
     yield OpSample("ragged", (x, 4, 16, 0.0, "trust", True), refused="dividing 24")
@@ -105,26 +112,30 @@ def _samples() -> Iterator[OpSample]:
     yield OpSample("integers", (x.long(), 4, 8, 0.0, "ste", True), refused="not floating point")
 
 
-def _cost(x: Tensor, bits: int, block: int, clip: float, estimator: str, rotate_back: bool) -> Cost:
+def _cost(
+    x: Tensor, bits: int, block: int, clip: float, estimator: str, rotate_back: bool,
+    widen: bool = False,
+) -> Cost:  # fmt: skip
     size = x.numel() * x.element_size()
     turns = 0 if block == 1 else 1 + rotate_back
-    return Cost(2 * x.numel() * block * turns + 8 * x.numel(), size, size)
+    return Cost(2 * x.numel() * block * turns + (10 if widen else 8) * x.numel(), size, size)
 
 
 def _in_place(
-    x: Tensor, bits: int, block: int, clip: float, estimator: str, rotate_back: bool
-) -> Tensor:
+    x: Tensor, bits: int, block: int, clip: float, estimator: str, rotate_back: bool,
+    widen: bool = False,
+) -> Tensor:  # fmt: skip
     """The same arithmetic as the reference without its temporaries: what training spends on."""
     values = _rotated(x, block)
-    step, half = grid_step(values, bits), 2 ** (bits - 1)
+    step, half = grid_step(values, bits, widen), 2 ** (bits - 1)
     levels = values.div_(step) if block > 1 else values / step  # a rotated value is our own
     levels.add_(0.5).round_().clamp_(1 - half, half).sub_(0.5).mul_(step)
     return _turned(levels, block if rotate_back else 1).to(x.dtype)
 
 
 @op(
-    "quest_quantize(Tensor x, int bits, int block, float clip, str estimator, bool rotate_back)"
-    " -> Tensor",
+    "quest_quantize(Tensor x, int bits, int block, float clip, str estimator, bool rotate_back,"
+    " bool widen=False) -> Tensor",
     verify=_verify,
     cost=_cost,
     fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
@@ -134,40 +145,44 @@ def _in_place(
     rounds=True,
 )
 def rounded(
-    x: Tensor, bits: int, block: int, clip: float, estimator: str, rotate_back: bool
-) -> Tensor:
+    x: Tensor, bits: int, block: int, clip: float, estimator: str, rotate_back: bool,
+    widen: bool = False,
+) -> Tensor:  # fmt: skip
     """The op behind `quest_quantize`; block 1 is no transform, clip 0 the estimator's own bound."""
     values = _rotated(x, block)
-    found = to_grid(values, grid_step(values, bits), bits)
+    found = to_grid(values, grid_step(values, bits, widen), bits)
     return _turned(found, block if rotate_back else 1).to(x.dtype)
 
 
-def trusted(values: Tensor, bits: int, clip: float, estimator: str) -> Tensor:
+def trusted(values: Tensor, bits: int, clip: float, estimator: str, widen: bool = False) -> Tensor:
     """Where gradients pass, boolean like `values` (rows already rotated).
 
     The trust rule |Q(v) - v| <= T with T = half a step is |v| <= alpha * rms * 2**b / (2**b - 1);
-    a row of zeros has T = 0 and passes nothing.
+    a row of zeros has T = 0 and passes nothing. A widened row clips nothing and passes all.
     """
     if estimator == "ste":
         return torch.ones_like(values, dtype=torch.bool)
     levels: int = 2**bits
     own = levels / (levels - 1) if estimator == "trust" else 1.0
     rms = root_mean_square(values)
-    inside = values.abs() <= (clip or own) * ALPHA[bits] * rms
+    size, bound = values.abs(), ALPHA[bits] * rms
+    inside = size <= (clip or own) * bound
+    if widen:
+        inside = inside.logical_or_(size.amax(-1, keepdim=True) > OUTLIER * bound)
     return inside.logical_and_(rms > 0) if estimator == "trust" else inside
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, ctx.bits, ctx.block, ctx.clip, ctx.estimator, ctx.rotate_back = inputs
+    x, ctx.bits, ctx.block, ctx.clip, ctx.estimator, ctx.rotate_back, ctx.widen = inputs
     ctx.save_for_backward(x)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """HT(M * HT(g)); without the inner transform where the result stayed rotated."""
     (x,) = ctx.saved_tensors
-    mask = trusted(_rotated(x, ctx.block), ctx.bits, ctx.clip, ctx.estimator)
+    mask = trusted(_rotated(x, ctx.block), ctx.bits, ctx.clip, ctx.estimator, ctx.widen)
     inner = _turned(_wide(grad), ctx.block if ctx.rotate_back else 1)
-    return _turned(inner * mask, ctx.block).to(x.dtype), None, None, None, None, None
+    return _turned(inner * mask, ctx.block).to(x.dtype), None, None, None, None, None, None
 
 
 def _rotated(x: Tensor, block: int) -> Tensor:
@@ -189,10 +204,11 @@ rounded.differentiate(_backward, setup=_save)
 @rounded.lower("coreml")
 @rounded.lower("onnx")
 def _by_arithmetic(
-    build: Any, x: Any, bits: int, block: int, clip: float, estimator: str, rotate_back: bool
-) -> Any:
+    build: Any, x: Any, bits: int, block: int, clip: float, estimator: str, rotate_back: bool,
+    widen: bool = False,
+) -> Any:  # fmt: skip
     """The same arithmetic in float32, around the transform's own lowering."""
     values = emit_turned(build, emit_cast(build, x, torch.float32), block)
-    found = emit_level(build, values, emit_step(build, emit_rms(build, values), bits), bits)
+    found = emit_level(build, values, emit_step(build, values, bits, widen), bits)
     found = emit_turned(build, found, block) if rotate_back else found
     return emit_cast(build, found, x.meta["val"].dtype)

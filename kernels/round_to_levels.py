@@ -187,12 +187,11 @@ def _by_arithmetic(
 ) -> Any:  # fmt: skip
     """The same arithmetic in float32, around the transform's own lowering."""
     values = emit_turned(build, emit_cast(build, x, torch.float32), block)
-    rms = emit_rms(build, values)
     if levels == "fp4":
-        found = _fp4_level(build, values, rms)
+        found = _fp4_level(build, values, emit_rms(build, values))
     else:
         bits = bits_of(levels)
-        found = emit_level(build, values, emit_step(build, rms, bits), bits)
+        found = emit_level(build, values, emit_step(build, values, bits), bits)
     if unit:
         found = build(aten.mul.Tensor, found, _emit_kept(build, values, unit))
     found = emit_turned(build, found, block) if rotate_back else found

@@ -29,9 +29,9 @@ def holds(x: Tensor, bits: int, block: int, *rest: Any) -> bool:
     with poison():
         found = cuda.quest_quantize(x, bits, block, *rest)
     assert found.dtype == x.dtype
-    back, exact = rest[-1], x.double()
+    back, widen, exact = rest[2], rest[3:] == (True,), x.double()
     turned = exact if block == 1 else hadamard.reference(exact, block)
-    step = grid_step(turned, bits)
+    step = grid_step(turned, bits, widen)
     other = found.double()
     if back and block > 1:
         other = hadamard.reference(other, block)
@@ -98,6 +98,22 @@ def test_rows_of_zeros_and_outliers() -> None:
     )
 
 
+@pytest.mark.parametrize(("size", "block"), [(1280, 128), (192, 64), (100, 1)])
+@pytest.mark.parametrize("sizes", [(1, 16), (4, 4), (2, 2)])
+def test_wider_grids(size: int, block: int, sizes: tuple[int, int]) -> None:
+    """Rows at once and in parts, the loudest value in the last one."""
+    x = torch.randn(7, size)
+    x[1, 3], x[4, -1], x[6] = 1e3, -60, 0
+    with using(quest_quantize_rows=Config({"block_m": sizes[0], "blocks": sizes[1]}, 4, 1)):
+        assert holds(x, 8, block, 0.0, "trust", False, True)
+        with poison():
+            codes, step = cuda.quest_codes(x, 8, block, True)
+    wanted, wide = quest_codes.reference(x, 8, block, True)
+    torch.testing.assert_close(step, wide, rtol=1e-6, atol=0)
+    assert (codes.int() - wanted).abs().max() <= 1
+    assert (codes != wanted).float().mean() < 1e-2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("size", [4096, 11008])
@@ -109,3 +125,5 @@ def test_compiled_code(arch: str, size: int, tmp_path: Path) -> None:
             code = compiled(item, arch, tmp_path)
             assert code.spills == 0, (dtype, bits, block)
             assert (code.tensor_core > 0) == (block > 1)
+        (item,) = launches(cuda.quest_codes, (meta(512, size, dtype=dtype), 8, 128, True), arch)
+        assert compiled(item, arch, tmp_path).spills == 0, dtype

@@ -77,6 +77,40 @@ def test_levels_and_gradients_by_hand(bits: int, block: int) -> None:
     torch.testing.assert_close(x.grad, back, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("block", [1, 64])
+def test_only_rows_with_outliers_get_a_wider_grid(bits: int, block: int) -> None:
+    generator = torch.Generator().manual_seed(bits * 10 + block)
+    x = torch.randn(6, 192, generator=generator).clamp(-2, 2)
+    x[1, :64] += 30 if block > 1 else 0  # turned, one value of eight times the sum
+    x[1, 5], x[4, 17] = 90, -40
+    x.requires_grad_()
+    options: dict[str, Any] = {"hadamard": block, "rotate_back": False}
+    y, plain = quest_quantize(x, bits, widen=True, **options), quest_quantize(x, bits, **options)
+    turned = (x.detach().double().unflatten(-1, (-1, block)) @ hadamard_matrix(block)).flatten(-2)
+    rms = turned.square().mean(-1).sqrt()
+    far = turned.abs().amax(-1) > 1.25 * ALPHA[bits] * rms
+    assert far[1]
+    assert block > 1 or far[4]
+    assert bits < 8 or far.sum() <= 2
+    assert torch.equal(y[~far], plain[~far])
+    torch.testing.assert_close(y[far].abs().amax(-1).double(), turned[far].abs().amax(-1))
+    step = 2 * turned[far].abs().amax(-1, keepdim=True) / (2**bits - 1)
+    assert ((y[far] - turned[far]).abs() <= step / 2 * (1 + 1e-4)).all()
+    y.sum().backward()
+    inside = (torch.ones_like(turned).unflatten(-1, (-1, block)) @ hadamard_matrix(block)).flatten(
+        -2
+    )
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad[far].double(), inside[far], rtol=1e-5, atol=1e-5)
+
+
+def test_gaussian_rows_are_not_widened() -> None:
+    x = torch.randn(64, 4096, generator=torch.Generator().manual_seed(2))
+    same = (quest_quantize(x, 8) == quest_quantize(x, 8, widen=True)).all(-1)
+    assert same.sum() >= 62
+
+
 def test_rotating_back_is_the_inverse_transform() -> None:
     x = torch.randn(3, 96)
     rotated = quest_quantize(x, 4, hadamard=32, rotate_back=False)

@@ -168,12 +168,47 @@ def test_random_signs_help_where_an_activation_has_no_gate() -> None:
     expected = model(x) - x
     error = {}
     for signs in (False, True):
-        item = Quest(weight_bits=8, act_bits=8, signs=signs)
+        item = Quest(weight_bits=8, act_bits=8, signs=signs, outliers="clip")
         program = resplice.optimize(model, [item], example_inputs=(x,))
         found = program(x) - x
         error[signs] = ((found - expected).norm() / expected.norm()).item()
     assert error[True] < 0.03
     assert error[False] > 2 * error[True]
+
+
+def test_outliers_are_kept_at_eight_bits_after_training() -> None:
+    """Tokens with one loud value, as language models have them."""
+    torch.manual_seed(4)
+    model, x = Mlp().eval(), torch.randn(64, 64)
+    x[::3, 5] = 60
+    expected = model(x) - x
+    error: dict[str, float] = {}
+    for outliers in ("auto", "keep", "clip"):
+        item = Quest(weight_bits=8, act_bits=8, hadamard="off", outliers=outliers)  # type: ignore[arg-type]  # literals
+        found = resplice.optimize(model, [item], example_inputs=(x,))(x) - x
+        error[outliers] = ((found - expected).norm() / expected.norm()).item()
+    assert error["auto"] == error["keep"] < error["clip"] / 2
+
+
+@pytest.mark.parametrize(
+    ("item", "kept"),
+    [
+        (Quest(weight_bits=8, act_bits=8), True), (Quest(weight_bits=4, act_bits=8), True),
+        (Quest(weight_bits=16, act_bits=8), True), (Quest(weight_bits=4, act_bits=4), False),
+        (Quest(weight_bits=8, act_bits=8, outliers="clip"), False),
+        (Quest(weight_bits=4, act_bits=4, outliers="keep"), True),
+        (Quest(weight_bits=8, act_bits=8, mode="qat"), False),
+        (Quest(weight_bits=8, act_bits=8, mode="qat", outliers="keep"), True),
+        (Quest(weight_bits=4, act_bits=8, sparse="2:4"), True),
+    ],
+)  # fmt: skip
+def test_which_grids_are_widened(item: Quest, kept: bool) -> None:
+    """Activations only; training keeps the paper's clip unless asked."""
+    program = rewritten(item)
+    found = [n for n in program.graph.nodes if n.target in (quest_codes.overload, rounded.overload)]
+    wide = [n for n in found if n.args[-1] is True and len(n.args) in (4, 7)]
+    activations = [n for n in found if n.all_input_nodes[0].op != "get_attr"]
+    assert wide == (activations if kept else [])
 
 
 @pytest.mark.parametrize("mode", ["ptq", "qat"])
@@ -287,7 +322,7 @@ def test_signs_are_part_of_the_measurement() -> None:
     program = resplice.capture(model, (x,))
     found = {}
     for signs in (False, True):
-        item = Quest(weight_bits=8, act_bits=8, signs=signs)
+        item = Quest(weight_bits=8, act_bits=8, signs=signs, outliers="clip")
         context = Context(calibration=[{"x": x}])
         _, steps = Pipeline((item,)).run(program, context)
         found[signs] = steps[-1].changes[0].sites[-1].metrics["output_error"]

@@ -5,7 +5,8 @@
 Scored on two real texts that every CPython carries: its language reference, and the documentation
 strings of its standard library. Windows of 512 tokens, spread over each text, the same for every
 row. "W4A4" rounds weights and activations to 4 bits; "W4" weights only; "/32" is one scale per 32
-weights instead of one per output channel. Rotation is the block Hadamard transform (64 for this
+weights instead of one per output channel; "clipped" clips rows of activations with outliers, whose
+grid is wider else at 8 bits. Rotation is the block Hadamard transform (64 for this
 width of 576, 128 for the MLP's 1,536).
 
 Programs are scored as float32 products of rounded operands, which computes the same as packed
@@ -65,13 +66,15 @@ def settings() -> list[Quest]:
     rows = [
         Quest(weight_bits=w, act_bits=a, hadamard=turn) for w, a in BITS for turn in ("auto", "off")
     ]
+    rows += [Quest(weight_bits=8, act_bits=8, outliers="clip")]
     return rows + [Quest(weight_bits=4, group=group) for group in GROUPS]
 
 
 def label_of(item: Quest) -> str:
-    """`W4A4`, `W4/32`, `W1`."""
+    """`W4A4`, `W4/32`, `W1`, `W8A8clipped`."""
     activations = f"A{item.act_bits}" if item.act_bits < 16 else ""
-    return f"W{item.weight_bits}{activations}" + (f"/{item.group}" if item.group else "")
+    clipped = "clipped" if item.outliers == "clip" else ""
+    return f"W{item.weight_bits}{activations}{clipped}" + (f"/{item.group}" if item.group else "")
 
 
 def unpack(program: Program) -> Program:
@@ -96,7 +99,8 @@ def simulated(program: Program, item: Quest, packed: Program) -> Program:
     """What scores as `packed` does, in float32 products of rounded operands."""
     if item.act_bits == 16:
         return unpack(packed)
-    return Pipeline((replace(item, mode="qat"), Fold())).run(program)[0]
+    same: dict[str, Any] = {"mode": "qat", "outliers": "keep" if item.widens else "clip"}
+    return Pipeline((replace(item, **same), Fold())).run(program)[0]
 
 
 def main() -> None:

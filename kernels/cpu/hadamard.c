@@ -64,10 +64,11 @@ API void resplice_hadamard(
     for (long r = 0; r < rows; r++) turn_row(x + r * size, size, block, y + r * size);
 }
 
-/* Rows transformed and rounded to the grid of 2^bits levels; alpha is its clip over the rms. */
+/* Rows transformed and rounded to the grid of 2^bits levels; alpha is its clip over the rms. With
+   an outlier above 0, rows that reach past so many clips get a grid as wide as they are. */
 API int resplice_quest_codes(
     const float *x, long rows, long size, int bits, long block, double alpha, double tiny,
-    int8_t *codes, float *step, int threads
+    double outlier, int8_t *codes, float *step, int threads
 ) {
     int failed = 0;
     const float half = (float)(1 << (bits - 1));
@@ -85,7 +86,14 @@ API int resplice_quest_codes(
 #pragma omp simd reduction(+ : power)
             for (long k = 0; k < size; k++) power += (double)turned[k] * turned[k];
             double found = 2 * (alpha * sqrt(power / (double)size) + tiny) / ((1 << bits) - 1);
-            float unit = step[r] = (float)found;
+            float unit = (float)found, reach = 0;
+            for (long k = 0; outlier > 0 && k < size; k++) {
+                float value = fabsf(turned[k]);
+                reach = value > reach ? value : reach;
+            }
+            reach *= (float)(2.0 / ((1 << bits) - 1));
+            if (reach > (float)outlier * unit) unit = reach;
+            step[r] = unit;
             for (long k = 0; k < size; k++) {
                 float level = rintf(turned[k] / unit + 0.5f); /* ties to even, zero goes down */
                 level = level < 1 - half ? 1 - half : level > half ? half : level;

@@ -41,8 +41,8 @@ _SIGNATURES = {
                              _POINTER, _LONG, _POINTER, _POINTER, _INT),
     "resplice_dequantize": (_POINTER, _LONG, _LONG, _INT, _POINTER, _LONG, _POINTER, _INT),
     "resplice_hadamard": (_POINTER, _LONG, _LONG, _LONG, _POINTER, _INT),
-    "resplice_quest_codes": (_POINTER, _LONG, _LONG, _INT, _LONG, _DOUBLE, _DOUBLE, _POINTER,
-                             _POINTER, _INT),
+    "resplice_quest_codes": (_POINTER, _LONG, _LONG, _INT, _LONG, _DOUBLE, _DOUBLE, _DOUBLE,
+                             _POINTER, _POINTER, _INT),
     "resplice_moe_one_token": (*[_POINTER] * 14, *[_LONG] * 7, *[_INT] * 4),
 }  # fmt: skip
 _enabled: ContextVar[bool] = ContextVar("resplice_kernels", default=True)

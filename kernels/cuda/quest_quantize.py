@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from resplice.kernels.cuda.hadamard import LARGEST, programs, sign_matrix, transformed
 from resplice.kernels.cuda.launch import Config, by_reference, configured, current_arch, launch
-from resplice.kernels.gaussian_grid import ALPHA, TINY
+from resplice.kernels.gaussian_grid import ALPHA, OUTLIER, TINY
 from resplice.kernels.quest_codes import quest_codes as codes_op
 from resplice.kernels.quest_quantize import rounded
 
@@ -30,11 +30,25 @@ def _squares(values: tl.tensor, block_m: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
+def _turned(values: tl.tensor, signs: tl.tensor, scale: tl.tensor) -> tl.tensor:
+    return values.to(tl.float32) if signs is None else transformed(values, signs) * scale
+
+
+@triton.jit
+def _largest(
+    values: tl.tensor, signs: tl.tensor, scale: tl.tensor, block_m: tl.constexpr
+) -> tl.tensor:
+    """Largest magnitude of each row, transformed."""
+    size = tl.abs(_turned(values, signs, scale))
+    return tl.max(tl.reshape(size, (block_m, size.shape[0] // block_m * size.shape[1])), 1)
+
+
+@triton.jit
 def _levels(
     values: tl.tensor, step: tl.tensor, signs: tl.tensor, scale: tl.tensor, half: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """The nearest level of each value, in steps of its row, plus 1/2; ties to even."""
-    turned = values.to(tl.float32) if signs is None else transformed(values, signs) * scale
+    turned = _turned(values, signs, scale)
     place = tl.clamp(tl.div_rn(turned, step) + 0.5, 1.0 - half, half)
     return (place + 12582912.0) - 12582912.0  # 1.5 * 2**23: what is left of the sum is rounded
 
@@ -43,12 +57,14 @@ def _levels(
 def quest_quantize_rows(
     x: tl.tensor, y: tl.tensor, steps: tl.tensor, m: tl.tensor, k: tl.tensor, scale: tl.tensor,
     alpha: tl.tensor, tiny: tl.tensor, bits: tl.constexpr, block: tl.constexpr, order: tl.constexpr,
-    result: tl.constexpr, once: tl.constexpr, block_m: tl.constexpr, blocks: tl.constexpr,
+    result: tl.constexpr, once: tl.constexpr, outlier: tl.constexpr, block_m: tl.constexpr,
+    blocks: tl.constexpr,
 ) -> None:  # fmt: skip
     """Quantise rows, block_m at a time and of them `blocks` runs of `order` values at a time.
 
     `result`: "codes" (-2**(bits-1) to 2**(bits-1) - 1, and the steps), "values", or "back" (values
-    turned back).
+    turned back). With an outlier above 0, rows that reach past so many clips get a grid as wide as
+    they are.
     """
     half: tl.constexpr = 2 ** (bits - 1)
     signs = sign_matrix(order, block, x.dtype.element_ty) if block > 1 else None
@@ -60,11 +76,18 @@ def quest_quantize_rows(
         start, some = x + row[:, None] * k, row[:, None] < m
         values = tl.load(start + column, some & (column < k), other=0.0)
         total = _squares(values, block_m)
+        if outlier > 0:
+            reach = _largest(values, signs, scale, block_m)
         if not once:
             for base in range(blocks * order, k, blocks * order):
                 more = tl.load(start + base + column, some & (base + column < k), other=0.0)
                 total += _squares(more, block_m)
+                if outlier > 0:
+                    reach = tl.maximum(reach, _largest(more, signs, scale, block_m))
         step = 2.0 * (alpha * tl.sqrt_rn(total / k) + tiny) / (2 * half - 1)
+        if outlier > 0:
+            reach = 2.0 * reach / (2 * half - 1)
+            step = tl.where(reach > outlier * step, reach, step)
         if result == "codes":
             first = group * block_m + tl.arange(0, block_m)
             tl.store(steps + first, step, first < m)
@@ -108,39 +131,41 @@ def configs(arch: str, dtype: torch.dtype, order: int, runs: int) -> list[Config
 
 
 def quest_quantize(
-    x: Tensor, bits: int, block: int, clip: float, estimator: str, rotate_back: bool
-) -> Tensor:
+    x: Tensor, bits: int, block: int, clip: float, estimator: str, rotate_back: bool,
+    widen: bool = False,
+) -> Tensor:  # fmt: skip
     """See `resplice.kernels.quest_quantize`; float64 is left to the reference."""
     if x.dtype == torch.float64 or block > LARGEST:
         found: Tensor = by_reference(
             rounded, f"is {x.dtype} in blocks of {block}",
-            x, bits, block, clip, estimator, rotate_back,
+            x, bits, block, clip, estimator, rotate_back, widen,
         )  # fmt: skip
         return found
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not statically_known_true(x.numel() == 0):
         result = "back" if rotate_back and block > 1 else "values"
-        quantize(x.contiguous(), y, None, bits, block, result)
+        quantize(x.contiguous(), y, None, bits, block, result, widen)
     return y
 
 
-def quest_codes(x: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
+def quest_codes(x: Tensor, bits: int, block: int, widen: bool = False) -> tuple[Tensor, Tensor]:
     """See `resplice.kernels.quest_codes`; orders above 128 are left to the reference."""
     if block > LARGEST or x.dtype == torch.float64:
         found: tuple[Tensor, Tensor] = by_reference(
-            codes_op, f"is {x.dtype} in blocks of {block}", x, bits, block
+            codes_op, f"is {x.dtype} in blocks of {block}", x, bits, block, widen
         )
         return found
     codes = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
     steps = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     if not statically_known_true(x.numel() == 0):
-        quantize(x.contiguous(), codes, steps, bits, block, "codes")
+        quantize(x.contiguous(), codes, steps, bits, block, "codes", widen)
     return codes, steps
 
 
 def quantize(
-    x: Tensor, y: Tensor, steps: Tensor | None, bits: int, block: int, result: str
-) -> None:
+    x: Tensor, y: Tensor, steps: Tensor | None, bits: int, block: int, result: str,
+    widen: bool = False,
+) -> None:  # fmt: skip
     """One launch over rows of x [..., k] into y, and steps [rows, 1] where codes are wanted."""
     k = x.shape[-1]
     m, order = x.numel() // k, max(16, block) if block > 1 else LARGEST
@@ -151,5 +176,6 @@ def quantize(
     launch(
         quest_quantize_rows, (programs(-(-m // block_m), arch),), x=x, y=y, steps=steps, m=m, k=k,
         scale=1 / math.sqrt(block), alpha=ALPHA[bits], tiny=TINY, bits=bits, block=block,
-        order=order, result=result, once=blocks >= runs, **config.options,
+        order=order, result=result, once=blocks >= runs,
+        outlier=OUTLIER if widen else 0.0, **config.options,
     )  # fmt: skip

@@ -110,7 +110,8 @@ class _Pack(Rule):
         )  # fmt: skip
         x = found.node("x")
         if self.integer and x.target is rounded.overload:
-            return code_product(build, x.all_input_nodes[0], block, int(x.args[1]), packed)  # type: ignore[arg-type]  # int by schema
+            act_bits, widen = int(x.args[1]), len(x.args) > 6 and bool(x.args[6])  # type: ignore[arg-type]  # int by schema
+            return code_product(build, x.all_input_nodes[0], block, act_bits, widen, packed)
         return build(quant_linear.overload, x, *packed)
 
 

@@ -26,7 +26,7 @@ def flipped(build: Builder, x: fx.Node, signs: Tensor | None) -> fx.Node:
 
 def prepared(
     build: Builder, x: fx.Node, block: int, form: Form | None, bound: tuple[float, str],
-    *, back: bool = False,
+    *, back: bool = False, widen: bool = False,
 ) -> fx.Node:  # fmt: skip
     """`x` rotated and, where it has a form, rounded; `back` in its own basis.
 
@@ -37,12 +37,15 @@ def prepared(
         form: The levels; None leaves the precision.
         bound: Clip and estimator of the gradient.
         back: Whether the result is rotated back.
+        widen: Whether a row with outliers gets a wider grid.
     """
     if form is None:
         return x if block == 1 or back else once(build, hadamard.overload, (x, block))
     if form.plain:
         bits = int(form.levels.removeprefix("int"))
-        return once(build, rounded.overload, (x, bits, block, *bound, back))
+        return once(
+            build, rounded.overload, (x, bits, block, *bound, back, *([True] if widen else []))
+        )
     args = (x, form.levels, form.unit, block, *bound, back)
     return once(build, round_to_levels.overload, args)
 

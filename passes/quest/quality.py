@@ -69,7 +69,7 @@ class OutputErrors:
 
     def of(
         self, site: fx.Node, x: fx.Node, weight: Tensor, rounded: QuantizedWeight | None,
-        act_bits: int, block: int, signs: Tensor | None = None,
+        act_bits: int, block: int, widen: bool, signs: Tensor | None = None,
     ) -> dict[str, float]:  # fmt: skip
         """Expected and, with calibration, measured error of one layer.
 
@@ -80,6 +80,7 @@ class OutputErrors:
             rounded: What is put in its place; None leaves it.
             act_bits: Of activations; 16 leaves them.
             block: Order of the transform, 1 is none.
+            widen: Whether rows of activations with outliers get a wider grid.
             signs: [K], what both operands are multiplied by before they are rounded.
         """
         expected = {"theory_error": expected_error(rounded.bits if rounded else 16, act_bits)}
@@ -91,7 +92,8 @@ class OutputErrors:
         tokens = tokens[:: max(1, -(-len(tokens) // _MOST_TOKENS))].float()
         flips = torch.ones(1) if signs is None else signs.float()
         narrow = tokens * flips
-        narrow = quest_quantize(narrow, act_bits, hadamard=block) if act_bits < 16 else narrow
+        if act_bits < 16:
+            narrow = quest_quantize(narrow, act_bits, hadamard=block, widen=widen)
         matrix = rounded.dequantize() if rounded else weight.float() * flips
         exact = tokens @ weight.float().T
         power = float(exact.norm())

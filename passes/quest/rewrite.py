@@ -92,6 +92,12 @@ class Quest(Pass):
     hadamard: Block = option("auto", "input-side rotation: auto, off, or a block size")
     head: bool = option(False, "also quantise the head, routers and readers of tied embeddings")
     convs: bool = option(False, "also convolutions, folded to matrices of inputs times kernel")
+    outliers: Literal["auto", "clip", "keep"] = option(
+        "auto",
+        "rows of activations that reach past 1.25 times the clip: clip them as the paper does, or "
+        "keep them by a wider grid; auto keeps them at 8 bits after training",
+        choices=("auto", "clip", "keep"),
+    )
     skip: tuple[str, ...] = option((), "weight-name patterns to leave alone, such as *.down_proj.*")
 
     @property
@@ -132,6 +138,12 @@ class Quest(Pass):
     def packs(self) -> bool:
         """Whether weights become codes."""
         return self.mode == "ptq" and self.weight_bits < 16
+
+    @property
+    def widens(self) -> bool:
+        """Whether rows of activations with outliers get a wider grid."""
+        auto = self.act_bits == 8 and self.mode == "ptq"
+        return auto if self.outliers == "auto" else self.outliers == "keep"
 
     def form(self, bits: int) -> Form | None:
         """How weights of that many bits are stored; None at 16."""
@@ -239,7 +251,7 @@ class _QuantizeLinear(QuestRule):
         if form.plain:
             metrics = weight_metrics(turned, quantized, form.expected_db) | self.errors.of(
                 found.root, found.node("x"), weight, quantized, options.act_bits, quantized.block,
-                signs,
+                options.widens, signs,
             )  # fmt: skip
             packed = (
                 build.weight(f"{name}_codes", quantized.codes),
@@ -292,7 +304,9 @@ class _QuantizeLinear(QuestRule):
             return new, {"block": block}
         original = build.program.weight(found.node("weight"))
         weight = original.t() if self.transposed else original
-        errors = self.errors.of(found.root, x, weight, None, options.act_bits, block)
+        errors = self.errors.of(
+            found.root, x, weight, None, options.act_bits, block, options.widens
+        )
         return new, {"block": block} | errors
 
 

@@ -82,11 +82,12 @@ class QuestRule(Rule):
         return self.round(build, weight, form, options.weight_bits, back), {"block": block}
 
     def round(
-        self, build: Builder, x: fx.Node, form: Form | None, bits: int, back: bool
-    ) -> fx.Node:
+        self, build: Builder, x: fx.Node, form: Form | None, bits: int, back: bool,
+        widen: bool = False,
+    ) -> fx.Node:  # fmt: skip
         """A value [..., K] rotated and rounded; at 16 bits only rotated."""
         block = hadamard_block(int(x.meta["val"].shape[-1]), self.options.hadamard)
-        return prepared(build, x, block, form, self.options.bound(bits), back=back)
+        return prepared(build, x, block, form, self.options.bound(bits), back=back, widen=widen)
 
     def fused(self, build: Builder, x: fx.Node, packed: tuple[Any, ...]) -> fx.Node:
         """The product of an input, not yet rotated, with codes, step, bias, bits and group."""
@@ -94,12 +95,12 @@ class QuestRule(Rule):
         if options.act_bits == 16:
             return build(quant_linear.overload, self.input(build, x), *packed)
         block = hadamard_block(int(x.meta["val"].shape[-1]), options.hadamard)
-        return code_product(build, x, block, options.act_bits, packed)
+        return code_product(build, x, block, options.act_bits, options.widens, packed)
 
     def input(self, build: Builder, x: fx.Node, *, back: bool = False) -> fx.Node:
         """What a product of rounded weights reads."""
-        bits = self.options.act_bits
-        return self.round(build, x, self.options.operand(bits), bits, back)
+        options, bits = self.options, self.options.act_bits
+        return self.round(build, x, options.operand(bits), bits, back, options.widens)
 
 
 def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:

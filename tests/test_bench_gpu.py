@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from resplice.kernels.cuda.hadamard import hadamard
+from resplice.kernels.hadamard import hadamard_matrix
+
 FOLDER = Path(__file__).parent.parent / "examples" / "benchmarks"
 
 
@@ -48,27 +51,41 @@ def test_a_wrong_way_is_named_and_not_timed(script: dict[str, Any]) -> None:
     found = script["measured"](
         row("subject", torch.ones(3), 1e-3, {"ours": way(lambda: torch.zeros(3))},
             ("dense", lambda: torch.ones(3)), 2.0),
-        timed=False,
+        None,
     )  # fmt: skip
     assert found["ways"]["ours"] == {"error": 1.0, "wrong": True}
     assert "ours WRONG" in script["line"](found)
 
 
-def test_ratios_are_the_baseline_over_the_way(
-    script: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import triton.testing
-
+def test_ratios_are_the_baseline_over_the_way(script: dict[str, Any]) -> None:
     times = iter([6.0, 2.0])
-    monkeypatch.setattr(triton.testing, "do_bench", lambda call, return_mode: next(times))
     way, row = script["Way"], script["Row"]
     found = script["measured"](
         row("subject", torch.ones(3), 1e-3, {"ours": way(lambda: torch.ones(3))},
             ("dense", lambda: torch.ones(3)), 4.0),
-        timed=True,
+        lambda call: next(times),
     )  # fmt: skip
     assert found["ways"]["ours"]["ratio"] == 3.0
     assert script["line"](found).split("   ")[-2:] == ["ours 2.000 ms (3.00x)", "ideal 4.00x"]
+
+
+def test_tuned_kernels_are_compared_and_timed_again(script: dict[str, Any]) -> None:
+    x = torch.randn(4, 128)
+    expected = (x.double() @ hadamard_matrix(128)).float()
+    calls: list[Any] = []
+
+    def clock(call: Any) -> float:
+        calls.append(call())
+        return float(10 - len(calls))
+
+    way, row = script["Way"], script["Row"]
+    subject = row("subject", expected, 1e-3, {"ours": way(lambda: hadamard(x, 128))},
+                  ("dense", lambda: expected), 4.0)  # fmt: skip
+    found = script["measured"](subject, clock, True)["ways"]
+    tuned = found["ours, tuned"]
+    assert list(tuned["configurations"]) == ["hadamard_blocks"]
+    assert tuned["error"] < 1e-3
+    assert tuned["ms"] == 10 - len(calls) < found["ours"]["ms"]
 
 
 def test_without_a_gpu_it_says_what_can_be_done(

@@ -2,6 +2,7 @@
 
     python examples/benchmarks/bench_gpu.py --json gpu.json
     python examples/benchmarks/bench_gpu.py --only sta --dtype fp16
+    python examples/benchmarks/bench_gpu.py --tune          also the fastest configuration of each
     python examples/benchmarks/bench_gpu.py --interpret     no GPU: tiny sizes, correctness alone
 
 Every way of a row is compared with a float32 reference before anything is timed; one that is past
@@ -35,7 +36,9 @@ from sta_speed import blocks, listed, tile_numbers, tile_table
 from torch import Tensor, nn
 
 from resplice.compare import EXACT_BARS, difference
+from resplice.kernels.cuda.launch import using
 from resplice.kernels.cuda.register import host_functions, register
+from resplice.kernels.cuda.tuning import tune
 from resplice.kernels.moe_ffn import moe_ffn, sample_arguments
 from resplice.kernels.packing import pack
 from resplice.kernels.quant_linear import quant_linear
@@ -44,6 +47,7 @@ from resplice.kernels.tile_attention import tile_attention
 from resplice.kernels.tile_grid import seen_pairs, tile_grid
 
 Triple = tuple[int, int, int]
+Clock = Callable[[Callable[[], Any]], float]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -102,8 +106,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--interpret", action="store_true", help="tiny, on the CPU, not timed")
+    parser.add_argument("--tune", action="store_true", help="also time all configurations")
     parser.add_argument("--json", type=Path, help="write all figures here")
     given = parser.parse_args()
+    clock = None if given.interpret else median
+    if given.interpret and given.tune:
+        parser.error("--tune times kernels, --interpret times nothing")
     if not given.interpret and not torch.cuda.is_available():
         parser.error("there is no GPU; --interpret checks the plumbing without one")
     register()
@@ -112,7 +120,7 @@ def main() -> None:
     for subject in given.only:
         print(f"\n{subject}")
         for row in SUBJECTS[subject](setting):
-            rows.append({"subject": subject, **measured(row, timed=not given.interpret)})
+            rows.append({"subject": subject, **measured(row, clock, given.tune)})
             print(line(rows[-1]), flush=True)
     machine = "CPU, interpreted" if given.interpret else torch.cuda.get_device_name()
     if given.json:
@@ -121,25 +129,48 @@ def main() -> None:
         raise SystemExit(1)
 
 
-def measured(row: Row, *, timed: bool) -> dict[str, Any]:
-    """Compare every way of a row, then time the right ones and the baseline."""
-    ways: dict[str, Any] = {}
-    for name, way in row.ways.items():
-        error = difference(row.expected.cpu(), way.part(way.call()).float().cpu()).relative
-        ways[name] = {"error": error, "wrong": not error <= (way.bar or row.bar)}
-    base = None
-    if timed:
-        from triton.testing import do_bench
+def median(call: Callable[[], Any]) -> float:
+    """Milliseconds of a call."""
+    from triton.testing import do_bench
 
-        base = do_bench(row.baseline[1], return_mode="median")
+    found: float = do_bench(call, return_mode="median")
+    return found
+
+
+def measured(row: Row, clock: Clock | None, tuned: bool = False) -> dict[str, Any]:
+    """Compare every way of a row, then time the right ones and the baseline."""
+    ways: dict[str, Any] = {name: compared(row, way) for name, way in row.ways.items()}
+    base = None
+    if clock:
+        base = clock(row.baseline[1])
         for name, way in ways.items():
             if not way["wrong"]:
-                way["ms"] = do_bench(row.ways[name].call, return_mode="median")
+                way["ms"] = clock(row.ways[name].call)
                 way["ratio"] = base / way["ms"]
+        if tuned and not ways["ours"]["wrong"]:
+            ways["ours, tuned"] = _tuned(row, base, clock)
     return {
         "title": row.title, "bar": row.bar, "ideal": row.ideal, "ways": ways,
         "baseline": {"name": row.baseline[0], "ms": base},
     }  # fmt: skip
+
+
+def compared(row: Row, way: Way) -> dict[str, Any]:
+    """Error of a way, and whether that is past its bar."""
+    error = difference(row.expected.cpu(), way.part(way.call()).float().cpu()).relative
+    return {"error": error, "wrong": not error <= (way.bar or row.bar)}
+
+
+def _tuned(row: Row, base: float, clock: Clock) -> dict[str, Any]:
+    """Our way with the fastest configuration of each of its kernels; compared again."""
+    way = row.ways["ours"]
+    chosen = tune(way.call, clock=clock)
+    with using(**chosen):
+        found = compared(row, way)
+        if not found["wrong"]:
+            found["ms"] = clock(way.call)
+            found["ratio"] = base / found["ms"]
+    return found | {"configurations": {name: str(config) for name, config in chosen.items()}}
 
 
 def line(found: dict[str, Any]) -> str:

@@ -71,6 +71,7 @@ class Config:
 
 _arch: ContextVar[str | None] = ContextVar("arch", default=None)
 _chosen: ContextVar[dict[str, Config] | None] = ContextVar("chosen", default=None)
+_asked: ContextVar[dict[str, list[Config]] | None] = ContextVar("asked", default=None)
 _recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)
 
 
@@ -110,8 +111,23 @@ def using(**configs: Config) -> Iterator[None]:
         _chosen.reset(token)
 
 
+@contextmanager
+def asking() -> Iterator[dict[str, list[Config]]]:
+    """Note which kernels are configured, and their candidates."""
+    found: dict[str, list[Config]] = {}
+    token = _asked.set(found)
+    try:
+        yield found
+    finally:
+        _asked.reset(token)
+
+
 def configured(name: str, candidates: Sequence[Config]) -> Config:
     """The configuration of a kernel: what `using` says, else the first candidate."""
+    asked = _asked.get()
+    if asked is not None:
+        known = asked.setdefault(name, [])
+        known += [candidate for candidate in candidates if candidate not in known]
     return (_chosen.get() or {}).get(name, candidates[0])
 
 

@@ -107,7 +107,9 @@ def quest_quantize_rows(
             tl.store(y + row[:, None] * k + base + column, found.to(y.dtype.element_ty), inside)
 
 
-def configs(arch: str, dtype: torch.dtype, order: int, runs: int) -> list[Config]:
+def configs(
+    arch: str, dtype: torch.dtype, order: int, runs: int, widen: bool = False
+) -> list[Config]:
     """Configurations of `quest_quantize_rows`, the default first.
 
     Args:
@@ -115,6 +117,7 @@ def configs(arch: str, dtype: torch.dtype, order: int, runs: int) -> list[Config
         dtype: Of the values.
         order: Values in a run.
         runs: In a row.
+        widen: Whether the largest value is looked for, which takes registers.
     """
 
     def of(total: int, warps: int) -> Config:
@@ -123,7 +126,7 @@ def configs(arch: str, dtype: torch.dtype, order: int, runs: int) -> list[Config
 
     amd = arch.startswith("gfx")
     if dtype.itemsize == 4:
-        small = amd or arch in ("sm_80", "sm_86", "sm_89")
+        small = widen or amd or arch in ("sm_80", "sm_86", "sm_89")
         return [of(16, 4), of(16, 8)] if small else [of(64, 8), of(32, 8), of(16, 4)]
     if amd:
         return [of(32, 4), of(64, 8), of(16, 4)]
@@ -171,7 +174,7 @@ def quantize(
     m, order = x.numel() // k, max(16, block) if block > 1 else LARGEST
     runs = -(-k // order)
     arch = current_arch()
-    config = configured("quest_quantize_rows", configs(arch, x.dtype, order, runs))
+    config = configured("quest_quantize_rows", configs(arch, x.dtype, order, runs, widen))
     block_m, blocks = config.constants["block_m"], config.constants["blocks"]
     launch(
         quest_quantize_rows, (programs(-(-m // block_m), arch),), x=x, y=y, steps=steps, m=m, k=k,

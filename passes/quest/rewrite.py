@@ -109,7 +109,8 @@ class Quest(Pass):
         if self.weight_bits == self.act_bits == 16:
             return Exact()
         forms = [self.form(self.weight_bits), self.operand(self.act_bits)]
-        theory = min(form.expected_db for form in forms if form is not None)
+        kept = math.prod(1 - 10 ** (-form.expected_db / 10) for form in forms if form is not None)
+        theory = -10 * math.log10(1 - kept)
         return Approx(theory / 2 if self.hadamard == "off" else theory - 20 * math.log10(2))
 
     def __post_init__(self) -> None:

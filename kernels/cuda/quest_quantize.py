@@ -126,7 +126,9 @@ def configs(
 
     amd = arch.startswith("gfx")
     if dtype.itemsize == 4:
-        small = widen or amd or arch in ("sm_80", "sm_86", "sm_89")
+        if widen and not amd:
+            return [of(16, 8), of(8, 4)]
+        small = amd or arch in ("sm_80", "sm_86", "sm_89")
         return [of(16, 4), of(16, 8)] if small else [of(64, 8), of(32, 8), of(16, 4)]
     if amd:
         return [of(32, 4), of(64, 8), of(16, 4)]

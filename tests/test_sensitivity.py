@@ -13,11 +13,13 @@ from resplice import weights
 from resplice.backends.onnx import OnnxBackend
 from resplice.backends.onnx.artifact import OnnxArtifact
 from resplice.cases import fresh_cases
+from resplice.cli.app import run
 from resplice.compare import Difference
 from resplice.errors import NumericsError
 from resplice.passes.quest import Quest
 from resplice.pipeline import Pipeline
 from resplice.program import Program
+from resplice.saving import save
 from resplice.sensitivity import past_bar, rounds, sensitivity
 
 
@@ -61,6 +63,9 @@ def test_a_deep_model_of_rounded_activations_becomes_an_artefact(tmp_path: Path)
     found = artifact.notes["check"]["main"]["output"]
     assert found.rms > artifact.bar
     assert OnnxArtifact.open(tmp_path / "m.onnx").check(program, fresh_cases(program, seed=9))
+    pair = [str(save(program, tmp_path / "m.pt2")), str(tmp_path / "m.onnx")]
+    assert run(["check", *pair]) == 0
+    assert run(["check", *pair, "--bar", "1e-4"]) == 6
 
 
 @pytest.mark.parametrize("layer", [3, 11, 23])

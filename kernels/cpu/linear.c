@@ -84,12 +84,12 @@ INLINE void multiply(
 }
 
 /* Sums of code * byte over `bytes` of each of ROWS rows, for one panel of `count` columns; and of
-   the codes alone. */
+   the codes alone. Narrow sums are widened after `every` vectors. */
 INLINE void tile(
     const uint8_t *const rows[ROWS], long bytes, const int8_t *x, int32_t *found,
-    int32_t *code_sums, const int field, const int wide, const int count, const int ones
+    int32_t *code_sums, long every, const int field, const int wide, const int count, const int ones
 ) {
-    const long every = wide ? bytes : LONGEST_RUN * field / 8, whole = bytes / WIDTH;
+    const long whole = bytes / WIDTH;
     const long stride = 8 / field * count * WIDTH;
     s32s total[COLUMNS][ROWS] = {0}, total_ones[ROWS] = {0};
     u8s fields[ROWS];
@@ -123,35 +123,35 @@ INLINE void tile(
 
 INLINE void tile_by(
     const uint8_t *const rows[ROWS], long bytes, const int8_t *x, int32_t *found,
-    int32_t *code_sums, const int field, const int wide, const int ones, long count
+    int32_t *code_sums, long every, const int field, const int wide, const int ones, long count
 ) {
     switch (count) {
-    case 1: tile(rows, bytes, x, found, code_sums, field, wide, 1, ones); break;
-    case 2: tile(rows, bytes, x, found, code_sums, field, wide, 2, ones); break;
-    case 3: tile(rows, bytes, x, found, code_sums, field, wide, 3, ones); break;
-    default: tile(rows, bytes, x, found, code_sums, field, wide, 4, ones); break;
+    case 1: tile(rows, bytes, x, found, code_sums, every, field, wide, 1, ones); break;
+    case 2: tile(rows, bytes, x, found, code_sums, every, field, wide, 2, ones); break;
+    case 3: tile(rows, bytes, x, found, code_sums, every, field, wide, 3, ones); break;
+    default: tile(rows, bytes, x, found, code_sums, every, field, wide, 4, ones); break;
     }
 }
 
 INLINE void tile_for(
     const uint8_t *const rows[ROWS], long bytes, const int8_t *x, int32_t *found,
-    int32_t *code_sums, const int field, const int wide, long count
+    int32_t *code_sums, long every, const int field, const int wide, long count
 ) {
-    if (code_sums) tile_by(rows, bytes, x, found, code_sums, field, wide, 1, count);
-    else tile_by(rows, bytes, x, found, NULL, field, wide, 0, count);
+    if (code_sums) tile_by(rows, bytes, x, found, code_sums, every, field, wide, 1, count);
+    else tile_by(rows, bytes, x, found, NULL, every, field, wide, 0, count);
 }
 
 static void tile_of(
     const uint8_t *const rows[ROWS], long bytes, const int8_t *x, int32_t *found,
-    int32_t *code_sums, int field, int wide, long count
+    int32_t *code_sums, long every, int field, int wide, long count
 ) {
     switch (field) {
-    case 1: tile_for(rows, bytes, x, found, code_sums, 1, 0, count); break;
-    case 2: tile_for(rows, bytes, x, found, code_sums, 2, 0, count); break;
-    case 4: tile_for(rows, bytes, x, found, code_sums, 4, 0, count); break;
+    case 1: tile_for(rows, bytes, x, found, code_sums, every, 1, 0, count); break;
+    case 2: tile_for(rows, bytes, x, found, code_sums, every, 2, 0, count); break;
+    case 4: tile_for(rows, bytes, x, found, code_sums, every, 4, 0, count); break;
     default:
-        if (wide) tile_for(rows, bytes, x, found, code_sums, 8, 1, count);
-        else tile_for(rows, bytes, x, found, code_sums, 8, 0, count);
+        if (wide) tile_for(rows, bytes, x, found, code_sums, every, 8, 1, count);
+        else tile_for(rows, bytes, x, found, code_sums, every, 8, 0, count);
     }
 }
 
@@ -180,11 +180,13 @@ static void products(
         bytes = parts_of(bytes, WIDTH) * WIDTH * l->parts;
         field = 8;
     }
+    const int wide = l->bits == 8;
+    const long every = wide ? bytes : LONGEST_RUN((1 << l->bits) - 1) * field / 8;
     for (long g = 0; g < groups; g++) {
         long width = least(COLUMNS, j->columns - g * COLUMNS);
         const int8_t *x = j->panels + (g * COLUMNS * l->segments + s * width) * l->panel;
         int32_t *code_sums = j->ones && g == 0 ? w->code_sums : NULL;
-        tile_of(at, bytes, x, w->found + g * COLUMNS * ROWS, code_sums, field, l->bits == 8, width);
+        tile_of(at, bytes, x, w->found + g * COLUMNS * ROWS, code_sums, every, field, wide, width);
     }
 }
 

@@ -52,9 +52,9 @@ INLINE u8s load(const void *from) {
 
 #ifdef VNNI
 
-/* Sums of products of narrow codes, to be widened after LONGEST_RUN additions. */
+/* Sums of products of codes up to top, to be widened after LONGEST_RUN additions. */
 typedef s32s narrow_sum;
-#define LONGEST_RUN (1L << 40)
+#define LONGEST_RUN(top) (1L << 40)
 
 INLINE narrow_sum add_narrow(narrow_sum sum, u8s codes, u8s bytes) {
     return (narrow_sum)VNNI(sum, codes, bytes);
@@ -67,7 +67,7 @@ INLINE s32s widened(narrow_sum sum) { return sum; }
 #else
 
 typedef s16s narrow_sum;
-#define LONGEST_RUN 8 /* two products of at most 15 * 128 each */
+#define LONGEST_RUN(top) (INT16_MAX / (2 * 128 * (top))) /* two products at once */
 
 /* Neighbours summed; no two products leave 16 bits. */
 INLINE s16s pairs(u8s codes, u8s bytes) {

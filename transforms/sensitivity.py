@@ -94,10 +94,11 @@ class _Noise:
 
 
 def _outputs(program: Program, inputs: Mapping[str, Tensor], change: _Noise | None) -> Any:
-    value: Any = ()
-    for _, value in node_values(program, inputs, change):
-        pass
-    return value
+    *_, outputs = (
+        value if node.op == "output" else None
+        for node, value in node_values(program, inputs, change)
+    )
+    return outputs
 
 
 def _rounds(node: fx.Node) -> bool:

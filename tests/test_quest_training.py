@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -183,8 +183,9 @@ def test_outliers_are_kept_at_eight_bits_after_training() -> None:
     x[::3, 5] = 60
     expected = model(x) - x
     error: dict[str, float] = {}
-    for outliers in ("auto", "keep", "clip"):
-        item = Quest(weight_bits=8, act_bits=8, hadamard="off", outliers=outliers)  # type: ignore[arg-type]  # literals
+    ways: tuple[Literal["auto", "keep", "clip"], ...] = ("auto", "keep", "clip")
+    for outliers in ways:
+        item = Quest(weight_bits=8, act_bits=8, hadamard="off", outliers=outliers)
         found = resplice.optimize(model, [item], example_inputs=(x,))(x) - x
         error[outliers] = ((found - expected).norm() / expected.norm()).item()
     assert error["auto"] == error["keep"] < error["clip"] / 2

@@ -41,17 +41,26 @@ def past_bar(
         program: Named outputs; None if unknown.
         cases: What both were run on.
     """
-    itself: dict[str, float] = {}
-    if program is not None and rounds(program):
-        for case in cases:
-            for name, change in sensitivity(program, case, bar / 30).items():
-                itself[name] = max(itself.get(name, 0.0), _MARGIN * min(change, 1.0))
+    rough = program is not None and rounds(program)
+    errors = {name: d.rms if rough else error_of(d) for name, d in found.items()}
+    past = [name for name, d in found.items() if not (d.finite and errors[name] <= bar)]
+    itself = _margins(program, cases, bar / 30) if program is not None and rough and past else {}
     rest = max(itself.values(), default=0.0)
-    for name, measured in found.items():
-        error = measured.rms if itself else error_of(measured)
+    for name in past:
         limit = bar + itself.get(name, rest)
-        if not (measured.finite and error <= limit):
-            yield name, error, limit
+        if not (found[name].finite and errors[name] <= limit):
+            yield name, errors[name], limit
+
+
+def _margins(
+    program: Program, cases: Sequence[Mapping[str, Tensor]], noise: float
+) -> dict[str, float]:
+    """What every output may differ by, the worst of all cases."""
+    found: dict[str, float] = {}
+    for case in cases:
+        for name, change in sensitivity(program, case, noise).items():
+            found[name] = max(found.get(name, 0.0), _MARGIN * min(change, 1.0))
+    return found
 
 
 def rounds(program: Program) -> bool:

@@ -20,29 +20,30 @@ INLINE f32x8 levels_of(const uint8_t *codes) {
 
 /* Codes of one segment as floats. */
 INLINE void unpack_by(
-    const uint8_t *codes, long count, const int field, float middle, float unit, float *to
+    const uint8_t *codes, long count, const int bits, float middle, float unit, float *to
 ) {
-    const u32x8 places = {0, field, 2 * field, 3 * field, 4 * field, 5 * field, 6 * field,
-                          7 * field};
-    const uint32_t mask = (1u << field) - 1;
+    const u32x8 places = {0, bits, 2 * bits, 3 * bits, 4 * bits, 5 * bits, 6 * bits, 7 * bits};
+    const uint32_t mask = (1u << bits) - 1;
     long k = 0;
-    for (; k + 8 <= count; k += 8, codes += field) { /* eight codes take `field` bytes */
+    for (; k + 8 <= count; k += 8, codes += bits) { /* eight codes take `bits` bytes */
         uint32_t word = 0;
-        memcpy(&word, codes, field);
+        memcpy(&word, codes, bits);
         u32x8 one = (u32x8){word, word, word, word, word, word, word, word} >> places & mask;
         f32x8 found = (__builtin_convertvector((s32x8)one, f32x8) - middle) * unit;
         memcpy(to + k, &found, sizeof found);
     }
-    for (int i = 0; k < count; k++, i += field)
-        to[k] = ((float)(codes[i / 8] >> (i % 8) & mask) - middle) * unit;
+    uint32_t last = 0;
+    memcpy(&last, codes, parts_of((count - k) * bits, 8));
+    for (; k < count; k++, last >>= bits) to[k] = ((float)(last & mask) - middle) * unit;
 }
 
 static void unpack(
-    const uint8_t *codes, long count, int field, float middle, float unit, float *to
+    const uint8_t *codes, long count, int bits, float middle, float unit, float *to
 ) {
-    switch (field) {
+    switch (bits) {
     case 1: unpack_by(codes, count, 1, middle, unit, to); return;
     case 2: unpack_by(codes, count, 2, middle, unit, to); return;
+    case 3: unpack_by(codes, count, 3, middle, unit, to); return;
     case 4: unpack_by(codes, count, 4, middle, unit, to); return;
     default: break;
     }
@@ -61,27 +62,13 @@ API int resplice_dequantize(
 ) {
     layout l = layout_of(size, bits, group);
     const float middle = (float)((1 << bits) - 1) / 2;
-    int failed = 0;
     (void)threads;
-#pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
-    {
-        uint8_t *scratch = bits == 3 ? malloc(parts_of(size, 2) + 1) : NULL;
-        failed = bits == 3 && !scratch;
-#pragma omp for schedule(static)
-        for (long n = 0; n < rows; n++) {
-            const uint8_t *row = codes + n * l.row;
-            if (bits == 3) {
-                if (!scratch) continue;
-                expand(row, size, scratch);
-                row = scratch;
-            }
-            for (long s = 0; s < l.segments; s++) {
-                long from = s * l.length, count = least(l.length, size - from);
-                unpack(row + from * l.field / 8, count, l.field, middle,
-                       step[n * l.segments + s], to + n * size + from);
-            }
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (long n = 0; n < rows; n++)
+        for (long s = 0; s < l.segments; s++) {
+            long from = s * l.length, count = least(l.length, size - from);
+            unpack(codes + n * l.row + from * bits / 8, count, bits, middle,
+                   step[n * l.segments + s], to + n * size + from);
         }
-        free(scratch);
-    }
-    return failed ? NO_MEMORY : 0;
+    return 0;
 }

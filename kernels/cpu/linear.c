@@ -10,8 +10,9 @@
 #include "signs.h"
 
 #define LINE 64            /* bytes of a cache line, which no vector should straddle */
-#define AHEAD (24 << 10)   /* bytes of weights on their way while others are multiplied */
+#define AHEAD (6 << 10)   /* bytes of weights on their way while others are multiplied */
 #define CHUNK (512L << 10) /* bytes of panels that stay in the cache while rows pass by */
+#define BLOCK 32           /* rows whose sums become results together */
 
 typedef struct {
     layout l;
@@ -27,40 +28,39 @@ typedef struct {
     float *y;
 } job;
 
-/* What one thread needs: all for ROWS rows. */
+/* What one thread needs: of ROWS rows the codes, of a block the sums. */
 typedef struct {
-    uint8_t *fields; /* three-bit codes in four bits */
-    uint8_t *bytes;  /* codes of one segment, one a byte */
-    int32_t *found;  /* [columns, ROWS], products of one segment */
-    int32_t code_sums[ROWS];
-    double *total;   /* [tokens, ROWS] */
+    uint8_t *bytes; /* codes of one segment, one a byte */
+    int32_t *found; /* [columns, BLOCK], products of one segment */
+    int32_t code_sums[BLOCK];
+    double *total;  /* [tokens, BLOCK] */
 } workspace;
 
-/* Sums of one run: of narrow codes, or of wide ones. */
+/* Sums of one run: of products with narrow codes, or with wide ones; and of codes alone. */
 typedef struct {
-    narrow_sum near[ROWS][COLUMNS], near_ones[ROWS];
-    s32s wide[ROWS][COLUMNS], wide_ones[ROWS];
+    narrow_sum near[ROWS][COLUMNS];
+    s32s wide[ROWS][COLUMNS];
 } sums;
 
-/* One vector of ROWS rows times `count` columns, and times one. */
+/* One vector of each row times `count` columns; adds the codes to `ones`, if there. */
 INLINE void multiply(
-    const u8s fields[ROWS], const int8_t *x, sums *sum, const int field, const int wide,
-    const int count, const int ones
+    const u8s fields[ROWS], const int8_t *x, sums *sum, s32s *ones, const int bits, const int wide,
+    const int height, const int count
 ) {
     u8s all[ROWS] = {0};
 #pragma GCC unroll 8
-    for (int part = 0; part < 8 / field; part++) {
+    for (int part = 0; part < 8 / bits; part++) {
         u8s codes[ROWS];
 #pragma GCC unroll 4
-        for (int r = 0; r < ROWS; r++) {
-            codes[r] = part_of(fields[r], field, part);
+        for (int r = 0; r < height; r++) {
+            codes[r] = part_of(fields[r], bits, part);
             if (ones) all[r] += codes[r];
         }
 #pragma GCC unroll 4
         for (int c = 0; c < count; c++) {
             u8s bytes = load(x + (part * count + c) * WIDTH);
 #pragma GCC unroll 4
-            for (int r = 0; r < ROWS; r++) {
+            for (int r = 0; r < height; r++) {
                 if (wide) {
                     sum->wide[r][c] = add_wide(sum->wide[r][c], codes[r], bytes);
                     SETTLE(sum->wide[r][c]);
@@ -71,83 +71,91 @@ INLINE void multiply(
             }
         }
     }
-    if (!ones) return;
-#ifdef COUNT_BITS
-    if (field == 1)
-        for (int r = 0; r < ROWS; r++) all[r] = COUNT_BITS(fields[r]);
-#endif
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++) {
-        if (wide) sum->wide_ones[r] = add_wide(sum->wide_ones[r], all[r], (u8s){0} + 1);
-        else sum->near_ones[r] = add_narrow(sum->near_ones[r], all[r], (u8s){0} + 1);
-    }
+    if (ones)
+        for (int r = 0; r < height; r++) ones[r] = add_codes(ones[r], all[r]);
 }
 
-/* Sums of code * byte over `bytes` of each of ROWS rows, for one panel of `count` columns; and of
+/* Sums of code * byte over `bytes` of each of `height` rows, for one panel of `count` columns; and of
    the codes alone. Narrow sums are widened after `every` vectors. */
 INLINE void tile(
     const uint8_t *const rows[ROWS], long bytes, const int8_t *x, int32_t *found,
-    int32_t *code_sums, long every, const int field, const int wide, const int count, const int ones
+    int32_t *code_sums, long every, const int bits, const int wide, const int height,
+    const int count, const int ones
 ) {
-    const long whole = bytes / WIDTH;
-    const long stride = 8 / field * count * WIDTH;
-    s32s total[COLUMNS][ROWS] = {0}, total_ones[ROWS] = {0};
+    const long whole = bytes / STORED(bits);
+    const long stride = 8 / bits * count * WIDTH;
+    s32s total[COLUMNS][ROWS] = {0}, codes[ROWS] = {0};
+    int32_t signs[ROWS] = {0};
     u8s fields[ROWS];
-    for (long i = 0; i * WIDTH < bytes;) {
+    s32s *summed = ones && bits > 1 ? codes : NULL;
+    for (long i = 0; i * STORED(bits) < bytes;) {
         sums sum = {0};
         for (long stop = least(i + every, whole); i < stop; i++, x += stride) {
 #pragma GCC unroll 4
-            for (int r = 0; r < ROWS; r++) {
-                fields[r] = load(rows[r] + i * WIDTH);
-                __builtin_prefetch(rows[r] + i * WIDTH + AHEAD, 0, 2); /* also past the weights */
+            for (int r = 0; r < height; r++) {
+                fields[r] = load_fields(rows[r] + i * STORED(bits), bits);
+                __builtin_prefetch(rows[r] + i * STORED(bits) + AHEAD, 0, 2); /* also past the weights */
+                if (ones && bits == 1) signs[r] += bits_of(rows[r] + i * STORED(1));
             }
-            multiply(fields, x, &sum, field, wide, count, ones);
+            multiply(fields, x, &sum, summed, bits, wide, height, count);
         }
-        if (i == whole && i * WIDTH < bytes) { /* do not read past the row */
-            for (int r = 0; r < ROWS; r++) {
-                fields[r] = (u8s){0};
-                memcpy(&fields[r], rows[r] + i * WIDTH, bytes - i * WIDTH);
+        if (i == whole && i * STORED(bits) < bytes) { /* do not read past the row */
+            for (int r = 0; r < height; r++) {
+                const long at = i * STORED(bits);
+                fields[r] = load_last(rows[r] + at, bytes - at, bits);
+                if (ones && bits == 1) signs[r] += bits_of(&fields[r]);
             }
-            multiply(fields, x, &sum, field, wide, count, ones);
+            multiply(fields, x, &sum, summed, bits, wide, height, count);
             i++;
         }
-        for (int r = 0; r < ROWS; r++) {
+        for (int r = 0; r < height; r++)
             for (int c = 0; c < count; c++)
                 total[c][r] += wide ? sum.wide[r][c] : widened(sum.near[r][c]);
-            if (ones) total_ones[r] += wide ? sum.wide_ones[r] : widened(sum.near_ones[r]);
-        }
     }
-    for (int c = 0; c < count; c++) sum_lanes(total[c], found + c * ROWS);
-    if (ones) sum_lanes(total_ones, code_sums);
+    for (int c = 0; c < count; c++) sum_lanes(total[c], found + c * BLOCK, height);
+    if (ones && bits > 1) sum_lanes(codes, code_sums, height);
+    if (ones && bits == 1)
+        for (int r = 0; r < height; r++) code_sums[r] = signs[r];
+}
+
+INLINE void tiles(
+    const uint8_t *const rows[ROWS], long bytes, const int8_t *x, int32_t *found,
+    int32_t *code_sums, long every, const int bits, const int wide, const int ones, const int count
+) {
+    const int height = WIDTH == 64 || (count == 1 && !ones) ? ROWS : ROWS / 2;
+    for (int r = 0; r < ROWS; r += height)
+        tile(rows + r, bytes, x, found + r, ones ? code_sums + r : NULL, every, bits, wide, height,
+             count, ones);
 }
 
 INLINE void tile_by(
     const uint8_t *const rows[ROWS], long bytes, const int8_t *x, int32_t *found,
-    int32_t *code_sums, long every, const int field, const int wide, const int ones, long count
+    int32_t *code_sums, long every, const int bits, const int wide, const int ones, long count
 ) {
     switch (count) {
-    case 1: tile(rows, bytes, x, found, code_sums, every, field, wide, 1, ones); break;
-    case 2: tile(rows, bytes, x, found, code_sums, every, field, wide, 2, ones); break;
-    case 3: tile(rows, bytes, x, found, code_sums, every, field, wide, 3, ones); break;
-    default: tile(rows, bytes, x, found, code_sums, every, field, wide, 4, ones); break;
+    case 1: tiles(rows, bytes, x, found, code_sums, every, bits, wide, ones, 1); break;
+    case 2: tiles(rows, bytes, x, found, code_sums, every, bits, wide, ones, 2); break;
+    case 3: tiles(rows, bytes, x, found, code_sums, every, bits, wide, ones, 3); break;
+    default: tiles(rows, bytes, x, found, code_sums, every, bits, wide, ones, 4); break;
     }
 }
 
 INLINE void tile_for(
     const uint8_t *const rows[ROWS], long bytes, const int8_t *x, int32_t *found,
-    int32_t *code_sums, long every, const int field, const int wide, long count
+    int32_t *code_sums, long every, const int bits, const int wide, long count
 ) {
-    if (code_sums) tile_by(rows, bytes, x, found, code_sums, every, field, wide, 1, count);
-    else tile_by(rows, bytes, x, found, NULL, every, field, wide, 0, count);
+    if (code_sums) tile_by(rows, bytes, x, found, code_sums, every, bits, wide, 1, count);
+    else tile_by(rows, bytes, x, found, NULL, every, bits, wide, 0, count);
 }
 
 static void tile_of(
     const uint8_t *const rows[ROWS], long bytes, const int8_t *x, int32_t *found,
-    int32_t *code_sums, long every, int field, int wide, long count
+    int32_t *code_sums, long every, int bits, int wide, long count
 ) {
-    switch (field) {
+    switch (bits) {
     case 1: tile_for(rows, bytes, x, found, code_sums, every, 1, 0, count); break;
     case 2: tile_for(rows, bytes, x, found, code_sums, every, 2, 0, count); break;
+    case 3: tile_for(rows, bytes, x, found, code_sums, every, 3, 0, count); break;
     case 4: tile_for(rows, bytes, x, found, code_sums, every, 4, 0, count); break;
     default:
         if (wide) tile_for(rows, bytes, x, found, code_sums, every, 8, 1, count);
@@ -155,101 +163,115 @@ static void tile_of(
     }
 }
 
-/* Products of a segment of ROWS rows with all columns. */
+/* Products of a segment of ROWS rows with all columns, as rows `at` and on of their block. */
 static void products(
-    const job *j, const uint8_t *const rows[ROWS], long s, workspace *w
+    const job *j, const uint8_t *const rows[ROWS], long s, long at, workspace *w
 ) {
     const layout *l = &j->l;
     long from = s * l->length, count = least(l->length, l->size - from);
-    long bytes = parts_of(count * l->field, 8), groups = parts_of(j->columns, COLUMNS);
-    const uint8_t *at[ROWS];
-    for (int r = 0; r < ROWS; r++) at[r] = rows[r] + from * l->field / 8;
+    long bytes = parts_of(count * l->bits, 8), groups = parts_of(j->columns, COLUMNS);
+    const uint8_t *start[ROWS];
+    for (int r = 0; r < ROWS; r++) start[r] = rows[r] + from * l->bits / 8;
     if (j->signs) {
         for (long t = 0; t < j->tokens; t++)
             for (int r = 0; r < ROWS; r++)
-                w->found[t * ROWS + r] =
-                    (int32_t)(count - 2 * differing(at[r], j->signs + t * l->row + from / 8, count));
+                w->found[t * BLOCK + at + r] = (int32_t)(
+                    count - 2 * differing(start[r], j->signs + t * l->row + from / 8, count));
         return;
     }
-    int field = l->field;
-    if (groups > 2 && l->bits < 8) {
-        for (int r = 0; r < ROWS; r++) {
-            to_bytes(at[r], bytes, field, w->bytes + r * l->panel);
-            at[r] = w->bytes + r * l->panel;
-        }
-        bytes = parts_of(bytes, WIDTH) * WIDTH * l->parts;
-        field = 8;
-    }
     const int wide = l->bits == 8;
-    const long every = wide ? bytes : LONGEST_RUN((1 << l->bits) - 1) * field / 8;
+    int bits = l->bits;
+    if (groups > 2 && !wide) {
+        for (int r = 0; r < ROWS; r++) {
+            to_bytes(start[r], bytes, bits, w->bytes + r * l->panel);
+            start[r] = w->bytes + r * l->panel;
+        }
+        bytes = parts_of(count, WIDTH * l->parts) * WIDTH * l->parts;
+        bits = 8;
+    }
+    const long every = wide ? bytes : LONGEST_RUN((1 << l->bits) - 1) / (8 / bits);
     for (long g = 0; g < groups; g++) {
         long width = least(COLUMNS, j->columns - g * COLUMNS);
         const int8_t *x = j->panels + (g * COLUMNS * l->segments + s * width) * l->panel;
-        int32_t *code_sums = j->ones && g == 0 ? w->code_sums : NULL;
-        tile_of(at, bytes, x, w->found + g * COLUMNS * ROWS, code_sums, every, field, wide, width);
+        int32_t *found = w->found + g * COLUMNS * BLOCK + at;
+        int32_t *code_sums = j->ones && g == 0 ? w->code_sums + at : NULL;
+        tile_of(start, bytes, x, found, code_sums, every, bits, wide, width);
     }
 }
 
-/* Adds a segment's products, in units of the weights' steps, to the totals. */
-static void gather(const job *j, const float *const steps[ROWS], long s, const workspace *w) {
-    const int levels = (1 << j->l.bits) - 1;
+/* Adds a segment's products of a block, in units of the weights' steps, to the totals. */
+static void gather(const job *j, const float step[BLOCK], long s, const workspace *w) {
+    const double levels = (1 << j->l.bits) - 1, half = j->signs ? 0.5 : 1;
     for (long t = 0; t < j->tokens; t++) {
-        const int32_t *found = w->found + t * j->limbs * ROWS;
-        int64_t sum = levels * j->sums[t * j->l.segments + s];
-        for (int r = 0; r < ROWS; r++) {
-            int64_t product = 0;
-            for (int limb = 0; limb < j->limbs; limb++)
-                product += found[limb * ROWS + r] * (1LL << (8 * limb));
-            if (!j->signs) product *= 2;
-            if (j->ones) product = 2 * (product + w->code_sums[r]);
-            w->total[t * ROWS + r] += (double)(product - sum) / 2 * j->units[t] * steps[r][s];
-        }
+        const int32_t *found = w->found + t * j->limbs * BLOCK;
+        const double unit = j->units[t], sum = levels * (double)j->sums[t * j->l.segments + s] / 2;
+        double product[BLOCK];
+        for (int r = 0; r < BLOCK; r++) product[r] = found[(j->limbs - 1) * BLOCK + r];
+        for (int limb = j->limbs - 2; limb >= 0; limb--)
+            for (int r = 0; r < BLOCK; r++)
+                product[r] = product[r] * 256 + found[limb * BLOCK + r];
+        if (j->ones)
+            for (int r = 0; r < BLOCK; r++) product[r] = 2 * product[r] + w->code_sums[r];
+        for (int r = 0; r < BLOCK; r++)
+            w->total[t * BLOCK + r] += (product[r] * half - sum) * unit * step[r];
     }
 }
 
-/* ROWS rows from `start` times all tokens. */
-static void run_rows(const job *j, long start, workspace *w) {
+/* The row in a place, where there is one. Neighbours lie far apart: memory is read in ROWS streams,
+   since what a processor fetches ahead of a stream ends with its page. */
+INLINE long row_in(const job *j, long place) {
+    return place % ROWS * parts_of(j->rows, ROWS) + place / ROWS;
+}
+
+/* The same; places without a row repeat the last one. */
+INLINE long row_of(const job *j, long place) { return least(row_in(j, place), j->rows - 1); }
+
+/* A block of places from `start` times all tokens, one segment. */
+static void run_segment(const job *j, long start, long stop, long s, workspace *w) {
     const layout *l = &j->l;
-    const uint8_t *rows[ROWS];
-    const float *steps[ROWS];
-    for (int r = 0; r < ROWS; r++) {
-        long n = least(start + r, j->rows - 1); /* rows that lack are the last one's twins */
-        rows[r] = j->codes + n * l->row;
-        steps[r] = j->step + n * l->segments;
-        if (l->bits == 3) {
-            uint8_t *fields = w->fields + r * parts_of(l->size, 2);
-            expand(rows[r], l->size, fields);
-            rows[r] = fields;
+    float step[BLOCK];
+    for (long at = 0; at < stop - start; at += ROWS) {
+        const uint8_t *rows[ROWS];
+        for (int r = 0; r < ROWS; r++) {
+            rows[r] = j->codes + row_of(j, start + at + r) * l->row;
         }
-        for (long t = 0; t < j->tokens; t++) w->total[t * ROWS + r] = j->bias ? j->bias[n] : 0;
+        products(j, rows, s, at, w);
     }
-    for (long s = 0; s < l->segments; s++) {
-        products(j, rows, s, w);
-        gather(j, steps, s, w);
+    for (long r = 0; r < BLOCK; r++) step[r] = j->step[row_of(j, start + r) * l->segments + s];
+    gather(j, step, s, w);
+}
+
+/* The same, all segments. */
+static void run_block(const job *j, long start, long stop, workspace *w) {
+    for (long r = 0; r < BLOCK; r++) {
+        double bias = j->bias ? j->bias[row_of(j, start + r)] : 0;
+        for (long t = 0; t < j->tokens; t++) w->total[t * BLOCK + r] = bias;
     }
-    for (long t = 0; t < j->tokens; t++)
-        for (long n = start; n < least(start + ROWS, j->rows); n++)
-            j->y[t * j->rows + n] = (float)w->total[t * ROWS + n - start];
+    for (long s = 0; s < j->l.segments; s++) run_segment(j, start, stop, s, w);
+    for (long r = 0; r < stop - start; r++) {
+        const long row = row_in(j, start + r);
+        for (long t = 0; t < j->tokens && row < j->rows; t++)
+            j->y[t * j->rows + row] = (float)w->total[t * BLOCK + r];
+    }
 }
 
 static void *room(long bytes) { return aligned_alloc(LINE, (parts_of(bytes, LINE) + 1) * LINE); }
 
 static int run(const job *j, int threads) {
+    const long places = parts_of(j->rows, ROWS) * ROWS;
     int failed = 0;
     (void)threads;
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
     {
         workspace w = {
-            .fields = room(ROWS * parts_of(j->l.size, 2)),
             .bytes = room(ROWS * j->l.panel),
-            .found = room(j->columns * ROWS * sizeof *w.found),
-            .total = room(j->tokens * ROWS * sizeof *w.total),
+            .found = room(j->columns * BLOCK * sizeof *w.found),
+            .total = room(j->tokens * BLOCK * sizeof *w.total),
         };
-        failed = !w.fields || !w.bytes || !w.found || !w.total;
+        failed = !w.bytes || !w.found || !w.total;
 #pragma omp for schedule(static)
-        for (long start = 0; start < j->rows; start += ROWS)
-            if (!failed) run_rows(j, start, &w);
-        free(w.fields);
+        for (long start = 0; start < places; start += BLOCK)
+            if (!failed) run_block(j, start, least(start + BLOCK, places), &w);
         free(w.bytes);
         free(w.found);
         free(w.total);

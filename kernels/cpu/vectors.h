@@ -22,11 +22,11 @@
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
 #define WIDTH 64 /* bytes of a vector */
-#define ROWS 4   /* rows multiplied together: as many sums as registers hold */
+#define TALLEST COLUMNS
 #define VNNI(sum, codes, bytes) _mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, (__m512i)bytes)
 #else
 #define WIDTH 32
-#define ROWS 2
+#define TALLEST 2
 #if defined(__AVXVNNI__)
 #define VNNI(sum, codes, bytes) \
     _mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)codes, (__m256i)bytes)
@@ -34,7 +34,8 @@
 #define VNNI(sum, codes, bytes) _mm256_dpbusd_epi32((__m256i)sum, (__m256i)codes, (__m256i)bytes)
 #endif
 #endif
-#define COLUMNS 4 /* vectors of activations that meet these rows together */
+#define ROWS 4    /* rows of weights, and */
+#define COLUMNS 4 /* vectors of activations that meet them */
 
 typedef uint8_t u8s __attribute__((vector_size(WIDTH)));
 typedef uint16_t u16s __attribute__((vector_size(WIDTH)));
@@ -67,7 +68,7 @@ INLINE s32s widened(narrow_sum sum) { return sum; }
 #else
 
 typedef s16s narrow_sum;
-#define LONGEST_RUN(top) (INT16_MAX / (2 * 128 * (top))) /* two products at once */
+#define LONGEST_RUN(top) (128 / (top)) /* two products at once, of at least -128 * top each */
 
 /* Neighbours summed; no two products leave 16 bits. */
 INLINE s16s pairs(u8s codes, u8s bytes) {
@@ -101,10 +102,28 @@ INLINE s32s widened(narrow_sum sum) { return times(sum, 1); }
 
 #endif
 
-/* Bits of every byte, counted. */
-#if WIDTH == 64 && defined(__AVX512BITALG__)
-#define COUNT_BITS(bytes) (u8s)_mm512_popcnt_epi8((__m512i)bytes)
+/* Sums of codes of all sizes: no product, and no run to watch. */
+INLINE s32s add_codes(s32s sum, u8s codes) {
+#if defined(VNNI)
+    return (s32s)VNNI(sum, codes, (u8s){0} + 1);
+#elif defined(__AVX2__)
+    return sum + (s32s)_mm256_sad_epu8((__m256i)codes, _mm256_setzero_si256());
+#else
+    u16s both = ((u16s)codes & 255) + ((u16s)codes >> 8);
+    return sum + times((s16s)both, 1);
 #endif
+}
+
+/* Bits of a vector, counted by the units for integers: those for vectors are busy. */
+INLINE int32_t bits_of(const void *from) {
+    int32_t count = 0;
+    for (int i = 0; i < WIDTH / 8; i++) {
+        uint64_t word;
+        memcpy(&word, (const uint8_t *)from + 8 * i, 8);
+        count += __builtin_popcountll(word);
+    }
+    return count;
+}
 
 /* Keeps a sum in its register: GCC would put all products first, and then has no room for them. */
 #ifdef __AVX512BW__
@@ -115,24 +134,25 @@ INLINE s32s widened(narrow_sum sum) { return times(sum, 1); }
 #define SETTLE(sum)
 #endif
 
-/* Lanes of ROWS sums summed. */
-INLINE void sum_lanes(const s32s sums[ROWS], int32_t to[ROWS]) {
+/* Lanes of two or four sums summed. */
+INLINE void sum_lanes(const s32s *sums, int32_t *to, const int rows) {
+#ifdef __AVX2__
+    __m256i half[4];
+    for (int r = 0; r < rows; r++) {
 #if WIDTH == 64
-    __m256i half[ROWS];
-    for (int r = 0; r < ROWS; r++)
         half[r] = _mm256_add_epi32(_mm512_castsi512_si256((__m512i)sums[r]),
                                    _mm512_extracti64x4_epi64((__m512i)sums[r], 1));
-    __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(half[0], half[1]),
-                                    _mm256_hadd_epi32(half[2], half[3]));
-    _mm_storeu_si128((__m128i *)to, _mm_add_epi32(_mm256_castsi256_si128(all),
-                                                  _mm256_extracti128_si256(all, 1)));
-#elif defined(__AVX2__)
-    __m256i both = _mm256_hadd_epi32((__m256i)sums[0], (__m256i)sums[1]);
-    both = _mm256_hadd_epi32(both, both);
-    _mm_storel_epi64((__m128i *)to, _mm_add_epi32(_mm256_castsi256_si128(both),
-                                                  _mm256_extracti128_si256(both, 1)));
 #else
-    for (int r = 0; r < ROWS; r++) {
+        half[r] = (__m256i)sums[r];
+#endif
+    }
+    __m256i first = _mm256_hadd_epi32(half[0], half[1]);
+    __m256i all = _mm256_hadd_epi32(first, rows == 4 ? _mm256_hadd_epi32(half[2], half[3]) : first);
+    __m128i found = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+    if (rows == 4) _mm_storeu_si128((__m128i *)to, found);
+    else _mm_storel_epi64((__m128i *)to, found);
+#else
+    for (int r = 0; r < rows; r++) {
         to[r] = 0;
         for (int i = 0; i < WIDTH / 4; i++) to[r] += sums[r][i];
     }

@@ -248,11 +248,12 @@ static void run_block(const job *j, long start, long stop, workspace *w) {
         for (long t = 0; t < j->tokens; t++) w->total[t * BLOCK + r] = bias;
     }
     for (long s = 0; s < j->l.segments; s++) run_segment(j, start, stop, s, w);
-    for (long r = 0; r < stop - start; r++) {
-        const long row = row_in(j, start + r);
-        for (long t = 0; t < j->tokens && row < j->rows; t++)
-            j->y[t * j->rows + row] = (float)w->total[t * BLOCK + r];
-    }
+    for (long t = 0; t < j->tokens; t++)
+        for (int stream = 0; stream < ROWS; stream++) /* what lies together is written together */
+            for (long r = stream; r < stop - start; r += ROWS) {
+                const long row = row_in(j, start + r);
+                if (row < j->rows) j->y[t * j->rows + row] = (float)w->total[t * BLOCK + r];
+            }
 }
 
 static void *room(long bytes) { return aligned_alloc(LINE, (parts_of(bytes, LINE) + 1) * LINE); }

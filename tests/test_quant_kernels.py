@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -14,10 +15,10 @@ import torch
 from torch import Tensor
 
 from resplice.compare import difference
-from resplice.kernels import code_linear, hadamard, quant_linear, quest_codes
+from resplice.kernels import code_linear, hadamard, quant_fast, quant_linear, quest_codes
 from resplice.kernels.cpu import kernels, kernels_status, library, use_kernels
 from resplice.kernels.packing import pack, unpack
-from resplice.kernels.quant_fast import _FEW_TOKENS, SMALL
+from resplice.kernels.quant_fast import SMALL
 from resplice.kernels.quant_linear import BITS, dequantize, group_count
 
 needs_kernels = pytest.mark.skipif(kernels() is None, reason=kernels_status())
@@ -68,10 +69,10 @@ def test_products_are_those_of_float64(bits: int, tokens: int, size: int, group:
 
 @needs_kernels
 @pytest.mark.parametrize("bits", BITS)
-def test_many_tokens_take_unpacked_tiles(bits: int) -> None:
+def test_unpacked_tiles_compute_the_same(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quant_fast, "_most_tokens", lambda *_: 0)
     codes, step = weight(300, 4100, bits, 40)
-    tokens = _FEW_TOKENS[bits] + 1
-    x, bias = torch.randn(2, tokens // 2 + 1, 4100), torch.randn(300)
+    x, bias = torch.randn(2, 9, 4100), torch.randn(300)
     found = quant_linear(x, codes, step, bias, bits, 40)
     assert difference(exact(x, codes, step, bias, bits, 40), found).relative < 4 * FLOAT
 
@@ -341,6 +342,42 @@ def test_older_processors(anew: Path, monkeypatch: pytest.MonkeyPatch, target: s
     monkeypatch.setattr(library, "VARIANTS", ((f"-march={target}", "-fopenmp"),))
     assert kernels_status() == f"compiled: -march={target} -fopenmp"
     assert agree(calls(), native)
+
+
+@needs_kernels
+@pytest.mark.parametrize("target", ["ICELAKE", "CASCADELAKE", "AVXVNNI"])
+def test_newer_processors(anew: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    """What is compiled for newer instructions, these emulated: the same integers."""
+    if " avx2 " not in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace"):
+        pytest.skip("this processor is no x86-64-v3")
+    monkeypatch.setattr(quant_fast, "_most_tokens", lambda *_: math.inf)
+    native = integer_calls()
+    library.forget()
+    header = str(Path(__file__).parent / "data" / "emulated_x86.h")
+    flags = ("-march=x86-64-v3", "-Og", "-include", header, f"-DEMULATE_{target}")
+    monkeypatch.setattr(library, "VARIANTS", (flags,))
+    assert kernels_status() == f"compiled: {' '.join(flags)}"  # its own check passed as well
+    assert library._state.library is not None
+    assert library._state.library.resplice_dots_bytes() == 2
+    for found, expected in zip(integer_calls(), native, strict=True):
+        assert torch.equal(found, expected)
+
+
+def integer_calls() -> list[Tensor]:
+    """Products that every processor sums exactly, for all bits, few tokens and many."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for bits in BITS:
+        for tokens, size, group in ((1, 1024, 0), (3, 1001, 0), (2, 1000, 48), (19, 520, 104)):
+            rows = SMALL // size + 7
+            codes, step = weight(rows, size, bits, group)
+            x = torch.randn(tokens, size, generator=generator)
+            found.append(quant_linear(x, codes, step, None, bits, group))
+            found.append(quant_linear(x.bfloat16(), codes, step, None, bits, group))
+            for x_bits in (1, 4, 8):
+                a, unit = quest_codes(x, x_bits, 1)
+                found.append(code_linear(a, unit, codes, step, None, bits, group, x_bits))
+    return found
 
 
 @needs_kernels

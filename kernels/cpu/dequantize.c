@@ -24,15 +24,16 @@ INLINE void unpack_by(
 ) {
     const u32x8 places = {0, bits, 2 * bits, 3 * bits, 4 * bits, 5 * bits, 6 * bits, 7 * bits};
     const uint32_t mask = (1u << bits) - 1;
+    const int read = bits == 3 ? 4 : bits; /* one byte too many, which is not the row's last */
     long k = 0;
-    for (; k + 8 <= count; k += 8, codes += bits) { /* eight codes take `bits` bytes */
+    for (; k + 8 * (read - bits + 1) <= count; k += 8, codes += bits) { /* in `bits` bytes */
         uint32_t word = 0;
-        memcpy(&word, codes, bits);
+        memcpy(&word, codes, read);
         u32x8 one = (u32x8){word, word, word, word, word, word, word, word} >> places & mask;
         f32x8 found = (__builtin_convertvector((s32x8)one, f32x8) - middle) * unit;
         memcpy(to + k, &found, sizeof found);
     }
-    uint32_t last = 0;
+    uint64_t last = 0;
     memcpy(&last, codes, parts_of((count - k) * bits, 8));
     for (; k < count; k++, last >>= bits) to[k] = ((float)(last & mask) - middle) * unit;
 }

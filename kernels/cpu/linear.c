@@ -10,7 +10,6 @@
 #include "signs.h"
 
 #define LINE 64            /* bytes of a cache line, which no vector should straddle */
-#define AHEAD (6 << 10)   /* bytes of weights on their way while others are multiplied */
 #define CHUNK (512L << 10) /* bytes of panels that stay in the cache while rows pass by */
 #define BLOCK 32           /* rows whose sums become results together */
 
@@ -36,7 +35,7 @@ typedef struct {
     double *total;  /* [tokens, BLOCK] */
 } workspace;
 
-/* Sums of one run: of products with narrow codes, or with wide ones; and of codes alone. */
+/* Sums of one run: of products with narrow codes, or with wide ones. */
 typedef struct {
     narrow_sum near[ROWS][COLUMNS];
     s32s wide[ROWS][COLUMNS];
@@ -59,6 +58,7 @@ INLINE void multiply(
 #pragma GCC unroll 4
         for (int c = 0; c < count; c++) {
             u8s bytes = load(x + (part * count + c) * WIDTH);
+            SETTLE(bytes);
 #pragma GCC unroll 4
             for (int r = 0; r < height; r++) {
                 if (wide) {
@@ -94,7 +94,8 @@ INLINE void tile(
 #pragma GCC unroll 4
             for (int r = 0; r < height; r++) {
                 fields[r] = load_fields(rows[r] + i * STORED(bits), bits);
-                __builtin_prefetch(rows[r] + i * STORED(bits) + AHEAD, 0, 2); /* also past the weights */
+                if (bits < 8 || wide) /* else unpacked before */
+                    __builtin_prefetch(rows[r] + i * STORED(bits) + AHEAD, 0, 2);
                 if (ones && bits == 1) signs[r] += bits_of(rows[r] + i * STORED(1));
             }
             multiply(fields, x, &sum, summed, bits, wide, height, count);
@@ -122,7 +123,7 @@ INLINE void tiles(
     const uint8_t *const rows[ROWS], long bytes, const int8_t *x, int32_t *found,
     int32_t *code_sums, long every, const int bits, const int wide, const int ones, const int count
 ) {
-    const int height = WIDTH == 64 || (count == 1 && !ones) ? ROWS : ROWS / 2;
+    const int height = ALL_ROWS(count, ones) ? ROWS : ROWS / 2;
     for (int r = 0; r < ROWS; r += height)
         tile(rows + r, bytes, x, found + r, ones ? code_sums + r : NULL, every, bits, wide, height,
              count, ones);
@@ -248,12 +249,15 @@ static void run_block(const job *j, long start, long stop, workspace *w) {
         for (long t = 0; t < j->tokens; t++) w->total[t * BLOCK + r] = bias;
     }
     for (long s = 0; s < j->l.segments; s++) run_segment(j, start, stop, s, w);
-    for (long t = 0; t < j->tokens; t++)
-        for (int stream = 0; stream < ROWS; stream++) /* what lies together is written together */
-            for (long r = stream; r < stop - start; r += ROWS) {
-                const long row = row_in(j, start + r);
-                if (row < j->rows) j->y[t * j->rows + row] = (float)w->total[t * BLOCK + r];
-            }
+    for (int stream = 0; stream < ROWS; stream++) { /* its rows lie together */
+        const long first = row_in(j, start + stream);
+        const long count = least((stop - start) / ROWS, j->rows - first);
+        for (long t = 0; t < j->tokens; t++) {
+            const double *total = w->total + t * BLOCK + stream;
+            float *y = j->y + t * j->rows + first;
+            for (long i = 0; i < count; i++) y[i] = (float)total[i * ROWS];
+        }
+    }
 }
 
 static void *room(long bytes) { return aligned_alloc(LINE, (parts_of(bytes, LINE) + 1) * LINE); }
@@ -397,9 +401,11 @@ API int resplice_code_linear(
     return failed;
 }
 
-/* Whether products of bytes are fast enough here to beat float32 ones whatever the tokens. */
+/* How fast products of bytes are here: 2 beats float32 ones, 1 where numbers take two bytes. */
 API int resplice_dots_bytes(void) {
-#ifdef VNNI
+#if defined(VNNI)
+    return 2;
+#elif defined(__AVX2__)
     return 1;
 #else
     return 0;

@@ -4,6 +4,8 @@
 
 #include "vectors.h"
 
+#define AHEAD (6 << 10) /* bytes of a row on their way while others are multiplied; may pass its end */
+
 /* How rows of `size` codes divide into segments, one step each. A vector holds `parts` codes in each
    byte; activations lie part after part, vector after vector: a "panel". */
 typedef struct {
@@ -79,6 +81,7 @@ INLINE u8s part_of(u8s fields, const int bits, int part) {
 /* Codes of a segment, a byte each, in the order of a panel. */
 INLINE void to_bytes_by(const uint8_t *from, long bytes, const int bits, uint8_t *to) {
     for (; bytes > 0; bytes -= STORED(bits), from += STORED(bits)) {
+        __builtin_prefetch(from + AHEAD, 0, 2);
         u8s fields =
             bytes >= STORED(bits) ? load_fields(from, bits) : load_last(from, bytes, bits);
 #pragma GCC unroll 8

@@ -22,20 +22,29 @@
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
 #define WIDTH 64 /* bytes of a vector */
-#define TALLEST COLUMNS
-#define VNNI(sum, codes, bytes) _mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, (__m512i)bytes)
+#define VNNI(sum, codes, bytes) \
+    _mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(codes), (__m512i)(bytes))
 #else
 #define WIDTH 32
-#define TALLEST 2
 #if defined(__AVXVNNI__)
 #define VNNI(sum, codes, bytes) \
-    _mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)codes, (__m256i)bytes)
+    _mm256_dpbusd_avx_epi32((__m256i)(sum), (__m256i)(codes), (__m256i)(bytes))
 #elif defined(__AVX512VNNI__) && defined(__AVX512VL__)
-#define VNNI(sum, codes, bytes) _mm256_dpbusd_epi32((__m256i)sum, (__m256i)codes, (__m256i)bytes)
+#define VNNI(sum, codes, bytes) \
+    _mm256_dpbusd_epi32((__m256i)(sum), (__m256i)(codes), (__m256i)(bytes))
 #endif
 #endif
 #define ROWS 4    /* rows of weights, and */
 #define COLUMNS 4 /* vectors of activations that meet them */
+
+/* Whether registers hold the sums of all these rows; else half of them come at a time. */
+#if WIDTH == 64
+#define ALL_ROWS(count, ones) 1
+#elif defined(__AVX2__)
+#define ALL_ROWS(count, ones) ((count) == 1 && !(ones))
+#else
+#define ALL_ROWS(count, ones) 0
+#endif
 
 typedef uint8_t u8s __attribute__((vector_size(WIDTH)));
 typedef uint16_t u16s __attribute__((vector_size(WIDTH)));
@@ -125,13 +134,14 @@ INLINE int32_t bits_of(const void *from) {
     return count;
 }
 
-/* Keeps a sum in its register: GCC would put all products first, and then has no room for them. */
-#ifdef __AVX512BW__
-#define SETTLE(sum) __asm__("" : "+v"(sum))
-#elif defined(__AVX2__)
-#define SETTLE(sum) __asm__("" : "+x"(sum))
+/* Keeps a value in its register. GCC would put all products first, and then has no room for their
+   sums; and it would read activations once for every row, since instructions can. */
+#ifdef __AVX512F__
+#define SETTLE(value) __asm__("" : "+v"(value))
+#elif WIDTH == 32 && defined(__AVX2__)
+#define SETTLE(value) __asm__("" : "+x"(value))
 #else
-#define SETTLE(sum)
+#define SETTLE(value)
 #endif
 
 /* Lanes of two or four sums summed. */

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from resplice.compare import Difference, difference, sqnr_db, worst
@@ -39,17 +40,19 @@ def test_the_formula() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(-1e3, 1e3), st.floats(-1e3, 1e3)), min_size=1))
-def test_the_formula_agrees_with_numpy(pairs: list[tuple[float, float]]) -> None:
+@example([(5e-324, 0.0), (5e-324, 1.0)])
+def test_the_formula_agrees_with_fractions(pairs: list[tuple[float, float]]) -> None:
     a, b = np.array(pairs).T
     found = difference(torch.from_numpy(a.copy()), torch.from_numpy(b.copy()))
-    signal, error = math.hypot(*a), math.hypot(*(a - b))
+    signal, error = (sum(Fraction(float(x)) ** 2 for x in values) for values in (a, a - b))
     assert found.max_abs == np.max(np.abs(a - b))
     if error == 0:
         assert found.sqnr_db is None
     elif signal == 0:
         assert found.sqnr_db == -INF
     else:
-        expected = 20 * (math.log10(signal) - math.log10(error))
+        ratio = Fraction(signal) / Fraction(error)  # of subnormal numbers, too
+        expected = 10 * (math.log10(ratio.numerator) - math.log10(ratio.denominator))
         assert found.sqnr_db == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 

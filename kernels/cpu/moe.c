@@ -10,37 +10,32 @@ typedef float vec __attribute__((vector_size(32), aligned(4)));
 
 enum { SILU, GELU, GELU_TANH, GELU_SIGMOID, RELU, RELU_SQUARED, SIGMOID, TANH };
 enum { ABSOLUTE, SIGNED, LINEAR };
+enum { STREAMS = 4 };
 
-static float total(const vec *sums) {
-    vec all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    float found = 0;
-    for (int j = 0; j < 8; j++) found += all[j];
-    return found;
-}
-
-/* Products of two rows with x: two streams keep the memory busier than one (a fifth, measured). */
-static void dots(const float *a, const float *b, const float *x, size n, float *found) {
-    vec s[4] = {{0}}, t[4] = {{0}};
+/* Products of STREAMS rows with x. Memory gives more when it is read in several places at once: what
+   a processor fetches ahead of one of them ends with its page. */
+static void dots(const float *const rows[STREAMS], const float *x, size n, float found[STREAMS]) {
+    vec s[STREAMS][2] = {{{0}}};
     size i = 0;
-    for (; i + 32 <= n; i += 32)
-        for (int j = 0; j < 4; j++) {
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 2; j++) {
             vec v = *(const vec *)(x + i + 8 * j);
-            s[j] += *(const vec *)(a + i + 8 * j) * v;
-            t[j] += *(const vec *)(b + i + 8 * j) * v;
+            for (int r = 0; r < STREAMS; r++) s[r][j] += *(const vec *)(rows[r] + i + 8 * j) * v;
         }
-    found[0] = total(s);
-    found[1] = total(t);
-    for (; i < n; i++) {
-        found[0] += a[i] * x[i];
-        found[1] += b[i] * x[i];
+    for (int r = 0; r < STREAMS; r++) {
+        vec all = s[r][0] + s[r][1];
+        found[r] = 0;
+        for (int j = 0; j < 8; j++) found[r] += all[j];
+        for (size k = i; k < n; k++) found[r] += rows[r][k] * x[k];
     }
 }
 
-static float dot(const float *a, const float *x, size n) {
-    float found[2];
-    dots(a, a, x, n, found);
-    return found[0];
+/* Where a stream is after `step` rows, of a range divided among `streams`; may pass its end. */
+static size row_of(size lo, size hi, int streams, int stream, size step) {
+    return lo + stream * ((hi - lo + streams - 1) / streams) + step;
 }
+
+static size least(size a, size b) { return a < b ? a : b; }
 
 static float activated(float x, int kind) {
     switch (kind) {
@@ -58,32 +53,35 @@ static float activated(float x, int kind) {
 /* Neurons lo..hi of a block: projections of x, activated, into h. Gated blocks hold gates first. */
 static void project(const float *w, const float *bias, const float *x, float *h, size neurons,
                     size width, int kind, int gated, size lo, size hi) {
-    size step = gated ? 1 : 2, apart = gated ? neurons : 1;
-    for (size r = lo; r < hi; r += step) {
-        size other = gated || r + 1 < hi ? r + apart : r;
-        float z[2];
-        dots(w + r * width, w + other * width, x, width, z);
-        if (bias) {
-            z[0] += bias[r];
-            z[1] += bias[other];
+    const int own = gated ? STREAMS / 2 : STREAMS; /* the others read what is gated */
+    for (size i = 0; i < (hi - lo + own - 1) / own; i++) {
+        size row[STREAMS];
+        const float *from[STREAMS];
+        float z[STREAMS];
+        for (int r = 0; r < STREAMS; r++) {
+            row[r] = least(row_of(lo, hi, own, r % own, i), hi - 1) + (r < own ? 0 : neurons);
+            from[r] = w + row[r] * width;
         }
-        h[r] = activated(z[0], kind);
-        if (gated)
-            h[r] *= z[1];
-        else
-            h[other] = activated(z[1], kind);
+        dots(from, x, width, z);
+        for (int r = 0; r < STREAMS && bias; r++) z[r] += bias[row[r]];
+        for (int r = 0; r < own; r++) h[row[r]] = activated(z[r], kind) * (gated ? z[own + r] : 1);
     }
 }
 
 /* out[lo..hi] += gate * W h */
 static void combine(const float *w, const float *h, float gate, float *out, size neurons, size lo,
                     size hi) {
-    for (size r = lo; r < hi; r += 2) {
-        size other = r + 1 < hi ? r + 1 : r;
-        float y[2];
-        dots(w + r * neurons, w + other * neurons, h, neurons, y);
-        out[r] += gate * y[0];
-        if (other > r) out[other] += gate * y[1];
+    for (size i = 0; i < (hi - lo + STREAMS - 1) / STREAMS; i++) {
+        size row[STREAMS];
+        const float *from[STREAMS];
+        float y[STREAMS];
+        for (int r = 0; r < STREAMS; r++) {
+            row[r] = row_of(lo, hi, STREAMS, r, i);
+            from[r] = w + least(row[r], hi - 1) * neurons;
+        }
+        dots(from, h, neurons, y);
+        for (int r = 0; r < STREAMS; r++)
+            if (row[r] < hi) out[row[r]] += gate * y[r];
     }
 }
 
@@ -92,8 +90,15 @@ static void score(const float *router, const float *bias, const float *x, float 
                   float *scratch, size rows, size experts, size width, int kind, int gated,
                   int rule) {
     if (rule == LINEAR) {
-        for (size e = 0; e < experts; e++)
-            scores[e] = dot(router + e * width, x, width) + (bias ? bias[e] : 0);
+        for (size e = 0; e < experts; e += STREAMS) {
+            const float *from[STREAMS];
+            float found[STREAMS];
+            for (int r = 0; r < STREAMS; r++)
+                from[r] = router + (e + r < experts ? e + r : e) * width;
+            dots(from, x, width, found);
+            for (size r = 0; r < STREAMS && e + r < experts; r++)
+                scores[e + r] = found[r] + (bias ? bias[e + r] : 0);
+        }
         return;
     }
     size neurons = gated ? rows / 2 : rows, each = neurons / experts;

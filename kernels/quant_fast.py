@@ -13,6 +13,8 @@ exactly.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
 
 import torch
@@ -38,21 +40,23 @@ def linear(
     library = kernels()
     if library is None:
         return None
-    flat, step = _floats(x).reshape(-1, size), _floats(step)
+    tokens, step = x.numel() // size, _floats(step)
     offset = None if bias is None else _floats(bias)
     limbs = 3 if x.dtype == torch.float32 else 2
-    y = torch.empty(*x.shape[:-1], rows)
-    if flat.shape[0] > _most_tokens(library.resplice_dots_bytes(), limbs, bits):
-        failed = _by_tiles(library, flat, codes, step, offset, bits, group, y.view(-1, rows))
+    if tokens > _most_tokens(_speed(library), limbs, bits):
+        return _by_tiles(library, x, codes, step, offset, bits, group)
+    flat = x.contiguous() if x.dtype == torch.bfloat16 else _floats(x)
+    y = torch.empty(*x.shape[:-1], rows, dtype=flat.dtype)
+    rest = (codes.data_ptr(), rows, bits, step.data_ptr(), group,
+            None if offset is None else offset.data_ptr(), y.data_ptr(),
+            torch.get_num_threads())  # fmt: skip
+    if x.dtype == torch.bfloat16:
+        failed = library.resplice_linear_bfloat16(flat.data_ptr(), tokens, size, *rest)
     else:
-        failed = library.resplice_linear(
-            flat.data_ptr(), flat.shape[0], size, limbs, codes.data_ptr(), rows, bits,
-            step.data_ptr(), group, None if offset is None else offset.data_ptr(), y.data_ptr(),
-            torch.get_num_threads(),
-        )  # fmt: skip
+        failed = library.resplice_linear(flat.data_ptr(), tokens, size, limbs, *rest)
     if failed:
         return None
-    return y if x.dtype == torch.float32 else y.to(x.dtype)
+    return y if x.dtype == flat.dtype else y.to(x.dtype)
 
 
 def code_linear(
@@ -113,6 +117,12 @@ def quest_codes(
     return None if failed else (codes, step)
 
 
+@functools.cache
+def _speed(library: ctypes.CDLL) -> int:
+    found: int = library.resplice_dots_bytes()
+    return found
+
+
 def _most_tokens(speed: int, limbs: int, bits: int) -> float:
     """Tokens up to which a product with packed codes beats unpacking tiles for a dense one.
 
@@ -144,23 +154,25 @@ def _floats(x: Tensor) -> Tensor:
 
 
 def _by_tiles(
-    library: object, x: Tensor, codes: Tensor, step: Tensor, bias: Tensor | None, bits: int,
-    group: int, y: Tensor,
-) -> int:  # fmt: skip
+    library: ctypes.CDLL, x: Tensor, codes: Tensor, step: Tensor, bias: Tensor | None, bits: int,
+    group: int,
+) -> Tensor | None:  # fmt: skip
     """Some rows of weights at a time as floats that stay in the cache, times all tokens."""
-    rows, size = codes.shape[0], x.shape[1]
+    rows, size = codes.shape[0], x.shape[-1]
+    flat = _floats(x).reshape(-1, size)
+    y = torch.empty(len(flat), rows)
     tile = max(16, _TILE_BYTES // (4 * size))
     weight = torch.empty(min(tile, rows), size)
     for first in range(0, rows, tile):
         part, steps = codes[first : first + tile], step[first : first + tile]
         count = part.shape[0]
-        failed: int = library.resplice_dequantize(  # type: ignore[attr-defined]  # by ctypes
+        failed = library.resplice_dequantize(
             part.data_ptr(), count, size, bits, steps.data_ptr(), group, weight.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip
         if failed:
-            return failed
-        y[:, first : first + count] = x @ weight[:count].t()
+            return None
+        y[:, first : first + count] = flat @ weight[:count].t()
     if bias is not None:
         y += bias
-    return 0
+    return y.reshape(*x.shape[:-1], rows).to(x.dtype)

@@ -364,6 +364,22 @@ def test_newer_processors(anew: Path, monkeypatch: pytest.MonkeyPatch, target: s
         assert torch.equal(found, expected)
 
 
+@needs_kernels
+def test_bfloat16_results_are_rounded_to_the_nearest() -> None:
+    """As torch rounds the same sums, ties to even among them."""
+    codes = pack(torch.full((1 << 11, 512), 1), 1)
+    step = 1 + torch.arange(1 << 11).remainder(128).unsqueeze(1) / 128  # bfloat16 numbers
+    x = torch.zeros(3, 512, dtype=torch.bfloat16)
+    x[0, 0], x[1, 3], x[2, 5] = 2, -2, 2.0**-120
+    for more in (0.0, 2.0**-8, 2.0**-8 - 2.0**-20, 2.0**-8 + 2.0**-20):  # half-way, and beside it
+        found = quant_linear(x, codes, step + more, None, 1, 0)
+        expected = quant_linear(x.float(), codes, step + more, None, 1, 0).bfloat16()
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found, expected)
+    huge = quant_linear(x[:2], codes, torch.full_like(step, 3.4e38), None, 1, 0)
+    assert torch.equal(huge.float(), torch.tensor([[math.inf], [-math.inf]]).expand_as(huge))
+
+
 def integer_calls() -> list[Tensor]:
     """Products that every processor sums exactly, for all bits, few tokens and many."""
     generator = torch.Generator().manual_seed(0)

@@ -70,7 +70,7 @@ def interleaved(variants: Variants, rounds: int) -> dict[str, float]:
     What in three rounds took over four times as long as the first variant is not run again.
     """
     best, first = dict.fromkeys(variants, math.inf), next(iter(variants))
-    with torch.no_grad():
+    with torch.inference_mode():
         for number in range(rounds + 1):  # the first one warms up, and counts if it is the best
             for name, call in variants.items():
                 if number > 2 and best[name] > 4 * best[first]:

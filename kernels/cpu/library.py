@@ -36,6 +36,8 @@ _POINTER, _LONG, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, c
 _SIGNATURES = {
     "resplice_linear": (_POINTER, _LONG, _LONG, _INT, _POINTER, _LONG, _INT, _POINTER, _LONG,
                         _POINTER, _POINTER, _INT),
+    "resplice_linear_bfloat16": (_POINTER, _LONG, _LONG, _POINTER, _LONG, _INT, _POINTER, _LONG,
+                                 _POINTER, _POINTER, _INT),
     "resplice_dots_bytes": (),
     "resplice_code_linear": (_POINTER, _POINTER, _INT, _LONG, _LONG, _POINTER, _LONG, _INT,
                              _POINTER, _LONG, _POINTER, _POINTER, _INT),

@@ -350,6 +350,35 @@ API int resplice_linear(
     return failed;
 }
 
+static float of_half(uint16_t value) {
+    uint32_t bits = (uint32_t)value << 16;
+    float found;
+    memcpy(&found, &bits, 4);
+    return found;
+}
+
+/* The nearest bfloat16, of two the even one; overflow is infinite, as the sums were finite. */
+static uint16_t to_half(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* The same in bfloat16, with two bytes for an activation. */
+API int resplice_linear_bfloat16(
+    const uint16_t *x, long tokens, long size, const uint8_t *codes, long rows, int bits,
+    const float *step, long group, const float *bias, uint16_t *y, int threads
+) {
+    float *wide = malloc((tokens * (size + rows) + 1) * sizeof *wide), *sums = wide + tokens * size;
+    if (!wide) return NO_MEMORY;
+    for (long i = 0; i < tokens * size; i++) wide[i] = of_half(x[i]);
+    int failed = resplice_linear(wide, tokens, size, 2, codes, rows, bits, step, group, bias, sums,
+                                 threads);
+    for (long i = 0; i < tokens * rows && !failed; i++) y[i] = to_half(sums[i]);
+    free(wide);
+    return failed;
+}
+
 /* Rows of codes as columns. The integers multiplied are 2a + 1, of half a step each; they leave a
    byte where a has eight bits, and then 2 * (product of a) + (sum of codes) is taken instead. */
 static int put_codes(job *j, const int8_t *a, const float *x_step, int8_t *bytes) {

@@ -57,7 +57,7 @@ static void unpack(
 }
 
 /* Rows of weights as floats [rows, size]. */
-API int resplice_dequantize(
+API void resplice_dequantize(
     const uint8_t *codes, long rows, long size, int bits, const float *step, long group,
     float *to, int threads
 ) {
@@ -71,5 +71,4 @@ API int resplice_dequantize(
             unpack(codes + n * l.row + from * bits / 8, count, bits, middle,
                    step[n * l.segments + s], to + n * size + from);
         }
-    return 0;
 }

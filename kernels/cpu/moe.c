@@ -3,7 +3,7 @@
  * The meaning is kernels/moe_ffn.py; this is the case of one float32 token, where a call takes as
  * long as its weights take to read, so everything else happens between two passes over them.
  */
-#include <math.h>
+#include "vectors.h"
 
 typedef long size;
 typedef float vec __attribute__((vector_size(32), aligned(4)));
@@ -32,10 +32,8 @@ static void dots(const float *const rows[STREAMS], const float *x, size n, float
 
 /* Where a stream is after `step` rows, of a range divided among `streams`; may pass its end. */
 static size row_of(size lo, size hi, int streams, int stream, size step) {
-    return lo + stream * ((hi - lo + streams - 1) / streams) + step;
+    return lo + stream * parts_of(hi - lo, streams) + step;
 }
-
-static size least(size a, size b) { return a < b ? a : b; }
 
 static float activated(float x, int kind) {
     switch (kind) {
@@ -54,7 +52,7 @@ static float activated(float x, int kind) {
 static void project(const float *w, const float *bias, const float *x, float *h, size neurons,
                     size width, int kind, int gated, size lo, size hi) {
     const int own = gated ? STREAMS / 2 : STREAMS; /* the others read what is gated */
-    for (size i = 0; i < (hi - lo + own - 1) / own; i++) {
+    for (size i = 0; i < parts_of(hi - lo, own); i++) {
         size row[STREAMS];
         const float *from[STREAMS];
         float z[STREAMS];
@@ -71,7 +69,7 @@ static void project(const float *w, const float *bias, const float *x, float *h,
 /* out[lo..hi] += gate * W h */
 static void combine(const float *w, const float *h, float gate, float *out, size neurons, size lo,
                     size hi) {
-    for (size i = 0; i < (hi - lo + STREAMS - 1) / STREAMS; i++) {
+    for (size i = 0; i < parts_of(hi - lo, STREAMS); i++) {
         size row[STREAMS];
         const float *from[STREAMS];
         float y[STREAMS];
@@ -134,7 +132,6 @@ static void choose(const float *scores, const float *scale, const float *balance
 }
 
 /* scratch holds shared + active * neurons + 3 * experts + rows floats, and out `outputs`. */
-#define API __attribute__((visibility("default")))
 API int resplice_moe_one_token(
     const float *x, const float *shared_in, const float *shared_in_bias, const float *shared_out,
     const float *experts_in, const float *experts_in_bias, const float *experts_out,
